@@ -265,6 +265,12 @@ def plot_images(images, n_rows, n_cols, figsize, title):
     return fig
 
 
+def tile(images, n_rows):
+    """The n images, (n, 1, H, W), side by side in n_rows rows, as one (n_rows * H, n / n_rows * W)."""
+    n, _, height, width = images.shape
+    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1)
+
+
 def save_figure(fig, save_dir, file_name):
     """Write a figure whole or not at all, close it, and say where it is."""
     os.makedirs(save_dir, exist_ok=True)
@@ -342,7 +348,7 @@ def sweep(args, script, option, architectures, build_vae, fit):
         model, _ = load_model(model_path(names[i], d), script, build_vae)
         torch.manual_seed(args.seed)
         images = generate_samples(model, d, n_samples=8)
-        ax.imshow(images.view(2, 4, 28, 28).transpose(1, 2).reshape(56, 112), cmap="gray", vmin=0, vmax=1)
+        ax.imshow(tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[])
         if i == 0:
             ax.set_title(f"latent_dim={d}")

@@ -147,31 +147,43 @@ def fit(model, train_loader, args, verbose=True):
     train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler, verbose, bf16)
 
 
-def parse_args(argv=None):
-    parser = common.ArgumentParser(description="Train the report's convolutional VAE and draw its figures.")
+CHANNELS = "two or three whole numbers above 0, such as 32 64, 16 32 64 or 32 64 128"
+
+
+def add_options(parser):
+    """The options of the model and its training, which beta_study.py has too."""
     add = parser.add_argument
     add("--epochs", type=common.positive_int, default=10, help="passes over the training images")
     add("--batch-size", type=common.positive_int, default=128, help="images in a step")
     add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
     add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=common.positive_int, default=10, help="dimension of z")
-    channels = "two or three whole numbers above 0, such as 32 64, 16 32 64 or 32 64 128"
-    channel = common.number(int, channels, lambda n: 1 <= n <= 1e9)
-    add("--channels", type=channel, nargs="*", default=[32, 64, 128], help=f"the encoder's: {channels}")
-    add("--beta", type=common.nonnegative_float, default=1.0, help="weight of the KL term")
-    precision = "bf16 trains faster where there is hardware for it; auto finds out"
+    channel = common.number(int, CHANNELS, lambda n: 1 <= n <= 1e9)
+    add("--channels", type=channel, nargs="*", default=[32, 64, 128], help=f"the encoder's: {CHANNELS}")
+    precision = "bf16 trains faster on some hardware; auto finds out"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
     add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/conv_vae", help="where the model and the figures go")
     add("--limit", type=common.positive_int, metavar="N", help="train on the first N images only")
+
+
+def check_options(parser, args):
+    if len(args.channels) not in (2, 3):
+        parser.error(f"argument --channels: takes {CHANNELS}, not {len(args.channels)} of them")
+    common.check_precision(parser, args)
+
+
+def parse_args(argv=None):
+    parser = common.ArgumentParser(description="Train the report's convolutional VAE and draw its figures.")
+    add_options(parser)
+    add = parser.add_argument
+    add("--beta", type=common.nonnegative_float, default=1.0, help="weight of the KL term")
+    add("--save-dir", default="results/conv_vae", help="where the model and the figures go")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
     mode.add_argument("--sweep", action="store_true", help="train the 18 models of the report's study")
     args = parser.parse_args(argv)
-    if len(args.channels) not in (2, 3):
-        parser.error(f"argument --channels: takes {channels}, not {len(args.channels)} of them")
-    common.check_precision(parser, args)
+    check_options(parser, args)
     return args
 
 

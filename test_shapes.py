@@ -28,6 +28,7 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch.distributions import Normal, kl_divergence
 
+import beta_study
 import common
 import conv_vae
 import dense_vae
@@ -311,6 +312,11 @@ def test_bad_options():
         (conv_vae, "--channels", "8", "16", "32", "64"),
         (conv_vae, "--channels", "32", "0"),
         (conv_vae, "--channels", "32", "x"),
+        (beta_study, "--channels", "32"),
+        (beta_study, "--betas"),
+        (beta_study, "--betas", "1", "-0.5"),
+        (beta_study, "--betas", "nan"),
+        (beta_study, "--betas", "1", "2", "1.0"),
     ):
         line = refused(2, script, option, *values)
         assert option in line
@@ -363,6 +369,42 @@ def test_sweep_stopped_and_continued():
                 status, out, _ = call(script, *argv, f"{folder}/whole", "--lr", "0.001")
                 assert status == 0 and "other settings" in out
             assert {"sweep.csv", "sweep.png", "sweep_samples.png"} < set(os.listdir(f"{folder}/whole"))
+
+
+def test_active_units_and_gaussian_kl():
+    torch.manual_seed(0)
+    means = torch.randn(50_000, 4) * torch.tensor([1.0, 0.2, 0.05, 0.0]) + 3  # variances 1, 0.04, 0.0025, 0
+    assert beta_study.active_units(means) == 2
+    assert abs(beta_study.gaussian_kl(torch.randn(100_000, 5))) < 1e-3
+    codes = 2 * torch.randn(100_000, 5) + 1  # 0.5 * (sigma^2 + mu^2 - 1 - ln sigma^2) a dimension
+    assert abs(beta_study.gaussian_kl(codes) - 5 * 0.5 * (4 + 1 - 1 - np.log(4))) < 0.05
+
+
+def test_empty_regions():
+    torch.manual_seed(0)
+    codes = torch.rand(5000, 2).sub(0.5)  # a full square of side 1
+    prior = torch.cat([torch.rand(300, 2).sub(0.5), torch.tensor([[9.0, 0.0]]), torch.rand(100, 2) + 3])
+    share, samples = beta_study.empty_regions(prior, codes, torch.rand(5000, 2).sub(0.5))
+    assert abs(share - 101 / 401) < 0.03
+    assert torch.equal(samples[0], prior[300])
+
+
+def test_beta_study_stopped_and_continued():
+    with small_mnist(n_train=100) as folder:
+        argv = "--epochs", 1, "--device", "cpu", "--latent-dim", 2, "--channels", 4, 6, "--data-dir", folder
+        argv += "--save-dir", f"{folder}/out", "--betas"
+        assert call(beta_study, *argv, 1)[0] == 0
+        with mock.patch.object(conv_vae, "fit", side_effect=conv_vae.fit) as fit:
+            status, out, _ = call(beta_study, *argv, 0, 1)
+            assert (status, fit.call_count) == (0, 1)
+        names = {f"{kind}_beta{b}.png" for kind in ("images_gen", "reconstructions") for b in (0, 1)}
+        names |= {"beta_study.png", "rate_distortion.png", "conv_vae_beta0.pt", "conv_vae_beta1.pt"}
+        assert set(os.listdir(f"{folder}/out")) == names | {"beta_study.csv"}
+        with open(f"{folder}/out/beta_study.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert [row["beta"] for row in rows] == ["1", "0"]
+        assert all(abs(float(r["bce"]) + float(r["kl"]) - float(r["loss"])) < 0.011 for r in rows)
+        assert "other settings" in call(beta_study, *argv, 1, "--lr", 0.1)[1]
 
 
 def stop():
