@@ -44,7 +44,8 @@ def gaussian_kl(codes):
     0 if the aggregate posterior has the prior's first two moments; a lower bound of how far it is from it.
     """
     codes = codes.double()
-    mean, covariance = codes.mean(0), codes.T.cov()
+    mean = codes.mean(0)
+    covariance = codes.T.cov().view(len(mean), -1)
     kl = covariance.trace() + mean.square().sum() - len(mean) - torch.linalg.slogdet(covariance).logabsdet
     return 0.5 * kl.item()
 

