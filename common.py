@@ -324,7 +324,8 @@ def sweep(args, script, option, architectures, build_vae, fit):
         row |= {name: f"{value:.2f}" for name, value in results.items()}
         rows[key] = row | settings
         write_rows(table, rows.values())
-        tqdm.write("  ".join(f"{k} {v}" for k, v in row.items()))
+        line = "{architecture:>11}  d={latent_dim:<4}{parameters:>9} parameters  {epochs} epochs  "
+        tqdm.write((line + "BCE {bce} + KL {kl} = {loss}  {seconds} s").format(**row))
     print(f"Table saved: {table}")
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")

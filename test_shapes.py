@@ -147,6 +147,21 @@ def test_training_lowers_the_loss():
         assert sum(common.evaluate(model, loader)) < 0.8 * before
 
 
+def test_nan_is_said():
+    with small_mnist(n_train=50) as folder:
+        loader, _ = common.load_mnist(folder)
+    for script in dense_vae, conv_vae:
+        model = script.build_vae(2, script.ARCHITECTURES[0])
+        model.encoder.fc_mu.bias.data.fill_(float("nan"))
+        optimizer = torch.optim.Adam(model.parameters())
+        for call_ in (common.evaluate, model, loader), (script.train_vae, model, loader, optimizer):
+            try:
+                quiet(*call_)
+            except FloatingPointError:
+                continue
+            raise AssertionError(f"{call_[0].__name__} went on with a NaN")
+
+
 # ---- common.py
 
 
