@@ -512,8 +512,8 @@ def run(main):
     try:
         main()
         return
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except KeyboardInterrupt as error:
+        message, status = str(error) or "interrupted", 130
     except (OSError, FloatingPointError) as error:
         message, status = error, 1
     except (MemoryError, RuntimeError) as error:

@@ -31,6 +31,7 @@ from torch.distributions import Normal, kl_divergence
 import beta_study
 import common
 import conv_vae
+import ddpm
 import dense_vae
 
 DIGITS, LABELS = load_digits(return_X_y=True)
@@ -275,6 +276,127 @@ def test_figures():
             assert sorted(os.listdir(folder)) == [f"{name}_latent{d}.png" for name in names]
 
 
+# ---- The DDPM
+
+
+def oracle(noise_of, timesteps=1000):
+    """A DDPM on the CPU whose noise prediction is noise_of(x, t)."""
+    model = torch.nn.Module()
+    model.forward = noise_of
+    return quiet(ddpm.DDPM, model, timesteps, device="cpu")
+
+
+def posterior(process, x_t, x0, t):
+    """Mean and variance of q(x_{t-1} | x_t, x_0), Ho et al. (2020), eq. 6 and 7."""
+    alpha_bar = process.alpha_bars.double()
+    alpha_bar_t, alpha_bar_prev = alpha_bar[t], alpha_bar[t - 1]
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    mean = alpha_bar_prev.sqrt() * (1 - alpha_t) * x0 + alpha_t.sqrt() * (1 - alpha_bar_prev) * x_t
+    return mean / (1 - alpha_bar_t), (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_t)
+
+
+def test_unet():
+    model = ddpm.build_unet()
+    assert count(model) == 2_495_457
+    assert model(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
+    t = torch.tensor([0, 3, 999])
+    embeddings = ddpm.SinusoidalPositionEmbeddings(8)(t)
+    by_hand = [[f(k * 10000 ** (-i / 3)) for f in (np.sin, np.cos) for i in range(4)] for k in t.tolist()]
+    torch.testing.assert_close(embeddings, torch.tensor(by_hand).float(), atol=1e-4, rtol=0)
+
+
+def test_forward_process():
+    torch.manual_seed(0)
+    process = oracle(None)
+    for t in 0, 100, 500, 999:
+        x_t = process.forward_process(torch.full((200, 1, 28, 28), 0.7), torch.full((200,), t))
+        alpha_bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: t + 1])
+        assert abs(x_t.mean() - 0.7 * alpha_bar**0.5) < 0.01
+        assert abs(x_t.var() / (1 - alpha_bar) - 1) < 0.02
+
+
+def test_reverse_and_ddim_steps():
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 4, 1, 8, 8)
+    process = oracle(lambda x, t: noise)
+    for t in 1, 10, 500, 999:
+        times = torch.full((4,), t)
+        x_t = process.forward_process(x0, times, noise)
+        mean, variance = posterior(process, x_t.double(), x0.double(), t)
+        for step, expected in (
+            (lambda: process.reverse_process(x_t, times), process.betas[t].double()),
+            (lambda: process.ddim_process(x_t, times, times - 1, eta=1.0), variance),
+        ):
+            with mock.patch("torch.randn_like", torch.zeros_like):
+                without = step()
+            with mock.patch("torch.randn_like", torch.ones_like):
+                deviation = step() - without
+            torch.testing.assert_close(without.double(), mean, atol=2e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                deviation.double() ** 2, expected.expand_as(mean), atol=1e-6, rtol=5e-2
+            )
+    zeros = torch.zeros(4, dtype=torch.long)
+    x_1 = process.forward_process(x0, zeros, noise)
+    torch.testing.assert_close(process.reverse_process(x_1, zeros), x0)  # no noise is added at t = 0
+
+
+def test_ddim_recovers_x0():
+    torch.manual_seed(0)
+    x0 = torch.rand(5, 1, 28, 28) * 2 - 1
+
+    def true_noise(x, t):
+        alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
+        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    process = oracle(true_noise)
+    images = process.sample(5, sampler="ddim", steps=20, eta=0.0)
+    torch.testing.assert_close(images, (x0 + 1) / 2, atol=1e-4, rtol=0)
+
+
+def test_samples():
+    torch.manual_seed(0)
+    model = ddpm.build_unet()
+    torch.nn.init.normal_(model.final_conv.weight)
+    process = quiet(ddpm.DDPM, model, 8, device="cpu")
+    for sampler in "ddpm", "ddim":
+        pair = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            pair.append(process.sample(2, sampler=sampler, steps=3))
+        assert torch.equal(*pair) and pair[0].shape == (2, 1, 28, 28)
+        assert 0 <= pair[0].min() and pair[0].max() <= 1
+
+
+def test_ddpm_training_lowers_the_loss():
+    torch.manual_seed(0)
+    process = quiet(ddpm.DDPM, ddpm.build_unet(), device="cpu")
+    optimizer = torch.optim.Adam(process.model.parameters(), 2e-3)
+    x0 = torch.from_numpy(DIGITS[:16]).unsqueeze(1) / 127.5 - 1
+    losses = [process.train_step(x0, optimizer).item() for _ in range(20)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_ddpm_resumed_is_the_same():
+    with small_mnist(n_train=48, n_test=16) as folder:
+        argv = "--epochs", 2, "--batch-size", 16, "--timesteps", 4, "--sample-steps", 2, "--device", "cpu"
+        argv += "--precision", "fp32", "--data-dir", folder, "--num-samples", 3, "--save-dir"
+        assert call(ddpm, *argv, f"{folder}/whole")[0] == 0
+        assert np.load(f"{folder}/whole/samples.npy").shape == (3, 1, 28, 28)
+
+        assert "no" in refused(1, ddpm, *argv, f"{folder}/out", "--resume")
+        steps = mock.Mock(wraps=ddpm.DDPM.train_step, side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt])
+        with mock.patch.object(ddpm.DDPM, "train_step", lambda *args: steps(*args)):
+            assert "--resume" in refused(130, ddpm, *argv, f"{folder}/out")  # in the second epoch
+        assert "--lr" in refused(1, ddpm, *argv, f"{folder}/out", "--resume", "--lr", 0.1)
+        assert call(ddpm, *argv, f"{folder}/out", "--resume")[0] == 0
+        models = [torch.load(f"{folder}/{name}/ddpm.pt")["state_dict"] for name in ("whole", "out")]
+        assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+        with open(f"{folder}/out/checkpoint.pt", "r+b") as f:
+            f.truncate(1000)
+        assert "damaged" in refused(1, ddpm, *argv, f"{folder}/out", "--resume")
+
+
 # ---- The command line
 
 TINY = "--epochs", 1, "--latent-dim", 2, "--device", "cpu"
@@ -328,6 +450,11 @@ def test_bad_options():
         (conv_vae, "--channels", "8", "16", "32", "64"),
         (conv_vae, "--channels", "32", "0"),
         (conv_vae, "--channels", "32", "x"),
+        (ddpm, "--timesteps", "0"),
+        (ddpm, "--sample-steps", "0"),
+        (ddpm, "--sample-steps", "1001"),
+        (ddpm, "--eta", "1.5"),
+        (ddpm, "--num-samples", "0"),
         (beta_study, "--channels", "32"),
         (beta_study, "--betas"),
         (beta_study, "--betas", "1", "-0.5"),
