@@ -125,12 +125,13 @@ def main(argv=None):
             seconds = f"{time.perf_counter() - start:.1f}"
             common.save_model(path, "conv_vae", config, model)
 
-        torch.manual_seed(args.seed)  # the same z for every beta, trained now or loaded
-        images = common.generate_samples(model, args.latent_dim, device=args.device)
+        torch.manual_seed(args.seed)  # the held-out loss that conv_vae.py --load finds, too
         values, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
         rows[name] = {"beta": name} | values | {"seconds": seconds} | settings
         common.write_rows(table, rows.values())
 
+        torch.manual_seed(args.seed)  # the same z for every beta
+        images = common.generate_samples(model, args.latent_dim, device=args.device)
         where = {"latent_dim": args.latent_dim, "save_dir": args.save_dir}
         common.plot_generated_images(images, file_name=f"images_gen_beta{name}.png", **where)
         file_name = f"reconstructions_beta{name}.png"
@@ -153,7 +154,7 @@ def plot_rate_distortion(rows, save_dir):
     ax.plot([float(row["kl"]) for row in rows], [float(row["bce"]) for row in rows], "o")
     for row in rows:
         point = float(row["kl"]), float(row["bce"])
-        ax.annotate(f"beta = {row['beta']}", point, xytext=(6, 6), textcoords="offset points")
+        ax.annotate(f"beta = {row['beta']}", point, xytext=(0, 7), textcoords="offset points", ha="center")
     ax.margins(0.15)
     ax.set_xlabel("Rate: KL, nats per image")
     ax.set_ylabel("Distortion: BCE, nats per image")
