@@ -472,29 +472,17 @@ def device(text):
 
 
 def check_precision(parser, args):
-    """Settle args.precision: `auto` is bf16 where args.device multiplies it in hardware, and faster."""
-    has_bf16 = faster = False
+    """Settle args.precision: `auto` is bf16 where args.device has it in hardware, else fp32."""
+    has_bf16 = False
     if args.device.type == "cuda":
-        has_bf16 = faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif args.device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-        # Not every processor that has it gains by it: Intel's without AMX multiply float32 faster.
-        faster = has_bf16 and matmul_seconds(torch.bfloat16) < 0.8 * matmul_seconds(torch.float32)
     if args.precision == "bf16" and not has_bf16:
         parser.error(f"argument --precision: takes auto or fp32 here: {args.device} has no bf16")
     if args.precision == "auto":
-        args.precision = "bf16" if faster else "fp32"
-
-
-def matmul_seconds(dtype):
-    """The shortest of five products of matrices on the CPU."""
-    matrix, seconds = torch.ones(1024, 1024, dtype=dtype), []
-    for _ in range(5):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        args.precision = "bf16" if has_bf16 else "fp32"
 
 
 def keep_freed_memory():

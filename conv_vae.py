@@ -1,6 +1,6 @@
 """The convolutional VAE of the report's section 3, on MNIST.
 
-    python conv_vae.py                                         train the report's model, draw its figures
+    python conv_vae.py                                    train the report's model, draw its figures
     python conv_vae.py --latent-dim 2 --channels 32 64    another configuration
 
 Held-out loss, speed and the commands that gave them: README.md.
@@ -160,7 +160,7 @@ def add_options(parser):
     add("--latent-dim", type=common.positive_int, default=10, help="dimension of z")
     channel = common.number(int, CHANNELS, lambda n: 1 <= n <= 1e9)
     add("--channels", type=channel, nargs="*", default=[32, 64, 128], help=f"the encoder's: {CHANNELS}")
-    precision = "bf16 trains faster on some hardware; auto finds out"
+    precision = "bf16 is faster where the hardware has it; auto takes it there"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
     add("--data-dir", default="data", help="where MNIST is, or is put")

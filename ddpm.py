@@ -339,7 +339,7 @@ def parse_args(argv=None):
     add("--sample-steps", type=common.positive_int, default=50, help="steps of ddim")
     add("--eta", type=common.nonnegative_float, default=1.0, help="noise of ddim: none at 0, the ddpm's at 1")
     add("--num-samples", type=common.positive_int, metavar="N", help="write N samples to samples.npy too")
-    precision = "bf16 trains faster on some hardware; auto finds out"
+    precision = "bf16 is faster where the hardware has it; auto takes it there"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
     add("--data-dir", default="data", help="where MNIST is, or is put")
