@@ -1,10 +1,13 @@
 """The DDPM of the report's section 5 and annex, on MNIST (Ho, Jain & Abbeel, 2020).
 
-python ddpm.py                                              train, draw the report's figure 4
-python ddpm.py --resume                                     go on after an interruption
-python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample with the report's 1000 steps
+    python ddpm.py                                              train, draw the report's figure 4
+    python ddpm.py --resume                                     go on after an interruption
+    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample with the report's 1000 steps
+
+Losses, quality and speed of the samples, and the commands that gave them: README.md.
 """
 
+import copy
 import math
 import os
 
@@ -12,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import common
@@ -208,6 +210,14 @@ def build_unet(**_):
     return model.to(memory_format=torch.channels_last)  # what convolutions are fastest on
 
 
+@torch.no_grad()
+def update_average(average, model, step):
+    """Move `average` towards the weights of step 1, 2, ...; over some 1000 steps, over fewer at the start."""
+    decay = min(0.999, (1 + step) / (10 + step))
+    for p_average, p in zip(average.parameters(), model.parameters()):
+        p_average.lerp_(p, 1 - decay)
+
+
 def train(ddpm, dataloader, optimizer, scheduler, average, num_epochs, first_epoch=0, save=None):
     """The epochs from `first_epoch` on; calls `save(epochs done)` after each. FloatingPointError on NaN."""
     for epoch in range(first_epoch, num_epochs):
@@ -216,7 +226,7 @@ def train(ddpm, dataloader, optimizer, scheduler, average, num_epochs, first_epo
             x0 = 2.0 * x.to(ddpm.device) - 1.0
             train_loss += ddpm.train_step(x0, optimizer)
             scheduler.step()
-            average.update_parameters(ddpm.model)
+            update_average(average, ddpm.model, scheduler.last_epoch)
         avg_loss = train_loss.item() / len(dataloader)
         if not math.isfinite(avg_loss):
             raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
@@ -235,45 +245,48 @@ def evaluate(ddpm, data_loader):
     return loss / len(data_loader.dataset)
 
 
-def fit(model, train_loader, args):
-    """Train as the command line says, a checkpoint after each epoch; returns the average of the weights."""
-    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=args.precision == "bf16")
+def fit(ddpm, train_loader, args):
+    """Train as the command line says, a checkpoint after each epoch; leave the average of the weights."""
+    model = ddpm.model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    average = copy.deepcopy(model)
 
     path = os.path.join(args.save_dir, "checkpoint.pt")
     names = "epochs", "batch_size", "lr", "seed", "timesteps", "precision", "limit"
     settings = {name: getattr(args, name) for name in names}
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    gpu = torch.cuda if args.device.type == "cuda" else None
+    on_gpu = args.device.type == "cuda"
+    epochs_done = 0
 
     def save(epoch):
+        nonlocal epochs_done
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= {"settings": settings, "epoch": epoch, "random": torch.get_rng_state()}
-        if gpu:
-            checkpoint["gpu_random"] = gpu.get_rng_state(args.device)
+        if on_gpu:
+            checkpoint["gpu_random"] = torch.cuda.get_rng_state(args.device)
         with common.replacing(path) as tmp:
             torch.save(checkpoint, tmp)
+        epochs_done = epoch
 
-    epoch = 0
     if args.resume:
         checkpoint = load_checkpoint(path, settings)
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        epoch = checkpoint["epoch"]
+        epochs_done = checkpoint["epoch"]
         torch.set_rng_state(checkpoint["random"])
-        if gpu and "gpu_random" in checkpoint:
-            gpu.set_rng_state(checkpoint["gpu_random"], args.device)
-        print(f"Going on after epoch {epoch}")
+        if on_gpu and "gpu_random" in checkpoint:
+            torch.cuda.set_rng_state(checkpoint["gpu_random"], args.device)
+        print(f"Going on after epoch {epochs_done}")
     try:
-        train(ddpm, train_loader, optimizer, scheduler, average, args.epochs, epoch, save)
+        train(ddpm, train_loader, optimizer, scheduler, average, args.epochs, epochs_done, save)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "interrupted: the same command with --resume goes on after the last epoch"
-        ) from None
-    return average.module
+        if not epochs_done:
+            raise
+        message = f"interrupted: the same command with --resume goes on after epoch {epochs_done}"
+        raise KeyboardInterrupt(message) from None
+    ddpm.model = average
 
 
 def load_checkpoint(path, settings):
@@ -366,20 +379,22 @@ def main(argv=None):
     if args.load:
         model, config = common.load_model(args.load, "ddpm", build_unet)
         args.timesteps = config["timesteps"]
+        if args.sampler == "ddim" and args.sample_steps > args.timesteps:
+            raise OSError(f"--sample-steps {args.sample_steps}: {args.load} has {args.timesteps} time steps")
     else:
         model = build_unet()
     model.to(args.device)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
 
     print(f"DDPM on {args.device}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=args.precision == "bf16")
     if not args.load:
-        model = fit(model, train_loader, args)
+        fit(ddpm, train_loader, args)
         path = os.path.join(args.save_dir, "ddpm.pt")
-        common.save_model(path, "ddpm", {"timesteps": args.timesteps}, model)
+        common.save_model(path, "ddpm", {"timesteps": args.timesteps}, ddpm.model)
         print(f"Model saved: {path}")
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
-    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=args.precision == "bf16")
     print(f"Held-out loss: {evaluate(ddpm, test_loader):.4f}")
     plot_samples(ddpm, test_loader, args)
 

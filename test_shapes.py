@@ -376,6 +376,18 @@ def test_ddpm_training_lowers_the_loss():
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
+def test_average_of_the_weights():
+    average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.zeros_(average.weight)
+    by_hand = 0.0
+    for step, weight in (1, 3.0), (2, 5.0), (100_000, -700.0):
+        torch.nn.init.constant_(model.weight, weight)
+        ddpm.update_average(average, model, step)
+        decay = {1: 2 / 11, 2: 3 / 12, 100_000: 0.999}[step]
+        by_hand = decay * by_hand + (1 - decay) * weight
+        assert abs(average.weight.item() - by_hand) < 1e-4
+
+
 def test_ddpm_resumed_is_the_same():
     with small_mnist(n_train=48, n_test=16) as folder:
         argv = "--epochs", 2, "--batch-size", 16, "--timesteps", 4, "--sample-steps", 2, "--device", "cpu"
@@ -391,6 +403,11 @@ def test_ddpm_resumed_is_the_same():
         assert call(ddpm, *argv, f"{folder}/out", "--resume")[0] == 0
         models = [torch.load(f"{folder}/{name}/ddpm.pt")["state_dict"] for name in ("whole", "out")]
         assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+        load = "--data-dir", folder, "--save-dir", f"{folder}/out", "--load", f"{folder}/out/ddpm.pt"
+        assert "--sample-steps" in refused(1, ddpm, *load, "--sample-steps", 5)  # the model has 4
+        with mock.patch.object(ddpm, "train", side_effect=KeyboardInterrupt):
+            assert "--resume" not in refused(130, ddpm, *argv, f"{folder}/out")  # there is nothing to resume
 
         with open(f"{folder}/out/checkpoint.pt", "r+b") as f:
             f.truncate(1000)

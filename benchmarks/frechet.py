@@ -3,9 +3,9 @@
     python ddpm.py --load results/ddpm/ddpm.pt --num-samples 10000
     python benchmarks/frechet.py results/ddpm/samples.npy
 
-The distance of Heusel et al. (2017) to the 10,000 test images, with the hidden layer of a small classifier, trained
-here in a minute, in the place of Inception's. It falls with the number of samples: compare equal numbers,
-and with the training images, which stand for the best that can be had.
+The distance of Heusel et al. (2017) to the 10,000 test images, with the hidden layer of a small classifier,
+trained here in a minute, in the place of Inception's. It falls with the number of samples: compare equal
+numbers, and with the training images, which stand for the best that can be had.
 """
 
 import argparse
@@ -82,7 +82,10 @@ def main():
         floor, _ = features_and_logits(train[: len(images)])
         floor, distance = frechet(floor, real), frechet(generated, real)
         sure = (logits.softmax(1).amax(1) > 0.99).float().mean()
-        print(f"{path}: {len(images)} samples, Frechet distance {distance:.2f}, training images {floor:.2f}, ", end="")
+        print(
+            f"{path}: {len(images)} samples, Frechet distance {distance:.2f}, training images {floor:.2f}, ",
+            end="",
+        )
         print(f"ratio {distance / floor:.1f}; classified at over 99%: {sure:.1%}")
 
 
