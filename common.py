@@ -59,7 +59,7 @@ class MNISTLoader:
 def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     """MNIST as (train_loader, test_loader), 60,000 and 10,000 images held on `device` as uint8 (report, §1).
 
-    `limit` keeps the first images of the training split only. The files are looked for in
+    `limit` keeps the first images of the training split. The files are looked for in
     `data_dir`/MNIST/raw and fetched if need be; OSError if they can't be had.
     """
     raw = os.path.join(data_dir, "MNIST", "raw")

@@ -164,7 +164,7 @@ def add_options(parser):
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
     add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
     add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--limit", type=common.positive_int, metavar="N", help="train on the first N images only")
+    add("--limit", type=common.positive_int, default=60000, metavar="N", help="train on the first N images")
 
 
 def check_options(parser, args):
@@ -181,7 +181,7 @@ def parse_args(argv=None):
     add("--save-dir", default="results/conv_vae", help="where the model and the figures go")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
-    mode.add_argument("--sweep", action="store_true", help="train the 18 models of the report's study")
+    mode.add_argument("--sweep", action="store_true", help="train all 18 models of the report's study")
     args = parser.parse_args(argv)
     check_options(parser, args)
     return args

@@ -357,7 +357,7 @@ def parse_args(argv=None):
     add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
     add("--data-dir", default="data", help="where MNIST is, or is put")
     add("--save-dir", default="results/ddpm", help="where the model and the figures go")
-    add("--limit", type=common.positive_int, metavar="N", help="train on the first N images only")
+    add("--limit", type=common.positive_int, default=60000, metavar="N", help="train on the first N images")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the last epoch's checkpoint")
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
