@@ -248,7 +248,7 @@ def evaluate(ddpm, data_loader):
 def fit(ddpm, train_loader, args):
     """Train as the command line says, a checkpoint after each epoch; leave the average of the weights."""
     model = ddpm.model
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     average = copy.deepcopy(model)
@@ -343,9 +343,9 @@ def plot_samples(ddpm, test_loader, args):
 def parse_args(argv=None):
     parser = common.ArgumentParser(description="Train the report's DDPM and draw its figures.")
     add = parser.add_argument
-    add("--epochs", type=common.positive_int, default=15, help="passes over the training images")
+    add("--epochs", type=common.positive_int, default=18, help="passes over the training images")
     add("--batch-size", type=common.positive_int, default=128, help="images in a step")
-    add("--lr", type=common.positive_float, default=2e-3, help="peak learning rate")
+    add("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
     add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=common.positive_int, default=1000, help="steps from an image to noise")
     add("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm takes all the steps")
