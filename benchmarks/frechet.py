@@ -1,7 +1,7 @@
 """How far generated digits are from real ones: the Frechet distance of a digit classifier's features.
 
     python ddpm.py --load results/ddpm/ddpm.pt --num-samples 10000
-    python benchmarks/frechet.py results/ddpm/samples.npy
+    python benchmarks/frechet.py results/ddpm/samples.npy results/conv_vae/conv_vae_latent10.pt
 
 The distance of Heusel et al. (2017) to the 10,000 test images, with the hidden layer of a small classifier,
 trained here in a minute, in the place of Inception's. It falls with the number of samples: compare equal
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common  # noqa: E402
+import conv_vae  # noqa: E402
 
 
 def train_classifier(train_loader, num_epochs=3):
@@ -54,30 +55,38 @@ def frechet(a, b):
     return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
 
 
-@torch.no_grad()
+def load_samples(path):
+    """The images of a file of ddpm.py --num-samples, or 10,000 images of a model of conv_vae.py."""
+    if path.endswith(".npy"):
+        return torch.from_numpy(np.load(path))
+    model, config = common.load_model(path, "conv_vae", conv_vae.build_vae)
+    return common.generate_samples(model, config["latent_dim"], n_samples=10_000)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("samples", nargs="+", help="files that ddpm.py --num-samples writes")
+    parser.add_argument("samples", nargs="+", help="samples.npy of ddpm.py, or a model of conv_vae.py")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
 
     torch.manual_seed(0)
     train_loader, test_loader = common.load_mnist(args.data_dir)
-    with torch.enable_grad():
-        model = train_classifier(train_loader)
+    model = train_classifier(train_loader)
 
+    @torch.no_grad()
     def features_and_logits(images):
         hidden = torch.cat([model[:-1](x) for x in images.split(1000)])
         return hidden.double().numpy(), model[-1](hidden)
 
-    real, labels = (tensor for tensor in test_loader.dataset.tensors)
+    real, labels = test_loader.dataset.tensors
     real, logits = features_and_logits(real.float() / 255)
     accuracy = (logits.argmax(1) == labels).float().mean()
     print(f"Classifier: {accuracy:.2%} of the test images right")
 
-    train = next(iter(common.MNISTLoader(*train_loader.dataset.tensors, len(train_loader.dataset), True)))[0]
+    train = train_loader.dataset.tensors[0]
+    train = train[torch.randperm(len(train))].float() / 255
     for path in args.samples:
-        images = torch.from_numpy(np.load(path))
+        images = load_samples(path)
         generated, logits = features_and_logits(images)
         floor, _ = features_and_logits(train[: len(images)])
         floor, distance = frechet(floor, real), frechet(generated, real)
