@@ -375,6 +375,13 @@ def test_ddpm_training_lowers_the_loss():
     losses = [process.train_step(x0, optimizer).item() for _ in range(20)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
+    gradients = []  # a step's own, without those of the steps before it
+    for _ in range(2):
+        torch.manual_seed(1)
+        process.train_step(x0, torch.optim.SGD(process.model.parameters(), lr=0.0))
+        gradients.append(process.model.final_conv.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
 
 def test_average_of_the_weights():
     average, model = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
@@ -553,19 +560,20 @@ def test_empty_regions():
 def test_beta_study_stopped_and_continued():
     with small_mnist(n_train=100) as folder:
         argv = "--epochs", 1, "--device", "cpu", "--latent-dim", 2, "--channels", 4, 6, "--data-dir", folder
-        argv += "--save-dir", f"{folder}/out", "--betas"
-        assert call(beta_study, *argv, 1)[0] == 0
+        argv += "--batch-size", 10, "--save-dir", f"{folder}/out", "--betas"
+        assert call(beta_study, *argv, 100)[0] == 0
         with mock.patch.object(conv_vae, "fit", side_effect=conv_vae.fit) as fit:
-            status, out, _ = call(beta_study, *argv, 0, 1)
+            status, out, _ = call(beta_study, *argv, 0, 100)
             assert (status, fit.call_count) == (0, 1)
-        names = {f"{kind}_beta{b}.png" for kind in ("images_gen", "reconstructions") for b in (0, 1)}
-        names |= {"beta_study.png", "rate_distortion.png", "conv_vae_beta0.pt", "conv_vae_beta1.pt"}
+        names = {f"{kind}_beta{b}.png" for kind in ("images_gen", "reconstructions") for b in (0, 100)}
+        names |= {"beta_study.png", "rate_distortion.png", "conv_vae_beta0.pt", "conv_vae_beta100.pt"}
         assert set(os.listdir(f"{folder}/out")) == names | {"beta_study.csv"}
         with open(f"{folder}/out/beta_study.csv", newline="") as f:
             rows = list(csv.DictReader(f))
-        assert [row["beta"] for row in rows] == ["1", "0"]
+        assert [row["beta"] for row in rows] == ["100", "0"]
         assert all(abs(float(r["bce"]) + float(r["kl"]) - float(r["loss"])) < 0.011 for r in rows)
-        assert "other settings" in call(beta_study, *argv, 1, "--lr", 0.1)[1]
+        assert float(rows[0]["kl"]) < 0.5 * float(rows[1]["kl"]), rows
+        assert "other settings" in call(beta_study, *argv, 100, "--lr", 0.1)[1]
 
 
 def stop():
