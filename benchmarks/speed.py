@@ -146,16 +146,8 @@ def main():
 
     for what in args.what:
         ratios = []
+        command = [sys.executable, __file__, what, "--data-dir", args.data_dir, "--device", str(args.device)]
         for _ in range(args.rounds):
-            command = [
-                sys.executable,
-                __file__,
-                what,
-                "--data-dir",
-                args.data_dir,
-                "--device",
-                str(args.device),
-            ]
             outputs = [subprocess.check_output([*command, "--one", way], text=True) for way in WAYS[what]]
             seconds = [float(output.split()[-1]) for output in outputs]
             ratios.append([seconds[0] / s for s in seconds[1:]])
