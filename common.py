@@ -259,7 +259,7 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
 
 def plot_images(images, n_rows, n_cols, figsize, title):
     """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
-    fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False)
+    fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
     for ax, image in zip(axes.flat, images):
         ax.imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)
         ax.axis("off")

@@ -298,7 +298,8 @@ def posterior(process, x_t, x0, t):
 def test_unet():
     model = ddpm.build_unet()
     assert count(model) == 2_495_457
-    assert model(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
+    x = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(model(x, torch.tensor([0, 999])), x)  # before the training
     t = torch.tensor([0, 3, 999])
     embeddings = ddpm.SinusoidalPositionEmbeddings(8)(t)
     by_hand = [[f(k * 10000 ** (-i / 3)) for f in (np.sin, np.cos) for i in range(4)] for k in t.tolist()]
@@ -372,8 +373,16 @@ def test_ddpm_training_lowers_the_loss():
     process = quiet(ddpm.DDPM, ddpm.build_unet(), device="cpu")
     optimizer = torch.optim.Adam(process.model.parameters(), 2e-3)
     x0 = torch.from_numpy(DIGITS[:16]).unsqueeze(1) / 127.5 - 1
-    losses = [process.train_step(x0, optimizer).item() for _ in range(20)]
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+    def loss():
+        torch.manual_seed(1)
+        with torch.no_grad():
+            return process.loss(x0.repeat(8, 1, 1, 1))
+
+    before = loss()
+    for _ in range(30):
+        process.train_step(x0, optimizer)
+    assert loss() < 0.7 * before
 
     gradients = []  # a step's own, without those of the steps before it
     for _ in range(2):
@@ -381,6 +390,24 @@ def test_ddpm_training_lowers_the_loss():
         process.train_step(x0, torch.optim.SGD(process.model.parameters(), lr=0.0))
         gradients.append(process.model.final_conv.weight.grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+def test_muon():
+    torch.manual_seed(0)
+    params = [torch.randn(shape) for shape in [(8, 4, 3, 3), (8, 1, 3, 3), (256, 8, 1, 1), (8,)]]
+    before = [p.clone() for p in params]
+    optimizer = ddpm.Muon(params, torch.float32, lr=0.01)
+    gradients = [torch.randn_like(p) for p in params]
+    for p, gradient in zip(params, gradients):
+        p.grad = gradient.clone()
+    optimizer.step()
+    first, *others = [b - p for b, p in zip(before, params)]
+    u, _, vh = torch.linalg.svd(gradients[0].flatten(1), full_matrices=False)
+    values = u.T @ first.flatten(1) @ vh.T / 0.05  # the gradient's singular vectors, with values near 1
+    torch.testing.assert_close(values, values.diag().diag(), atol=1e-4, rtol=0)
+    assert 0.6 < values.diag().min() and values.diag().max() < 1.3
+    for moved, gradient in zip(others, gradients[1:]):  # Adam's first step is the sign
+        torch.testing.assert_close(moved, 0.01 * gradient.sign(), atol=1e-4, rtol=0)
 
 
 def test_average_of_the_weights():
