@@ -298,8 +298,7 @@ def posterior(process, x_t, x0, t):
 def test_unet():
     model = ddpm.build_unet()
     assert count(model) == 2_495_457
-    x = torch.randn(2, 1, 28, 28)
-    torch.testing.assert_close(model(x, torch.tensor([0, 999])), x)  # before the training
+    assert model(torch.randn(2, 1, 28, 28), torch.tensor([0, 999])).shape == (2, 1, 28, 28)
     t = torch.tensor([0, 3, 999])
     embeddings = ddpm.SinusoidalPositionEmbeddings(8)(t)
     by_hand = [[f(k * 10000 ** (-i / 3)) for f in (np.sin, np.cos) for i in range(4)] for k in t.tolist()]
@@ -390,24 +389,6 @@ def test_ddpm_training_lowers_the_loss():
         process.train_step(x0, torch.optim.SGD(process.model.parameters(), lr=0.0))
         gradients.append(process.model.final_conv.weight.grad.clone())
     torch.testing.assert_close(*gradients)
-
-
-def test_muon():
-    torch.manual_seed(0)
-    params = [torch.randn(shape) for shape in [(8, 4, 3, 3), (8, 1, 3, 3), (256, 8, 1, 1), (8,)]]
-    before = [p.clone() for p in params]
-    optimizer = ddpm.Muon(params, torch.float32, lr=0.01)
-    gradients = [torch.randn_like(p) for p in params]
-    for p, gradient in zip(params, gradients):
-        p.grad = gradient.clone()
-    optimizer.step()
-    first, *others = [b - p for b, p in zip(before, params)]
-    u, _, vh = torch.linalg.svd(gradients[0].flatten(1), full_matrices=False)
-    values = u.T @ first.flatten(1) @ vh.T / 0.05  # the gradient's singular vectors, with values near 1
-    torch.testing.assert_close(values, values.diag().diag(), atol=1e-4, rtol=0)
-    assert 0.6 < values.diag().min() and values.diag().max() < 1.3
-    for moved, gradient in zip(others, gradients[1:]):  # Adam's first step is the sign
-        torch.testing.assert_close(moved, 0.01 * gradient.sign(), atol=1e-4, rtol=0)
 
 
 def test_average_of_the_weights():

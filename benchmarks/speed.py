@@ -89,11 +89,7 @@ def time_ddpm(args, way):
         ["--device", str(args.device), "--precision", "fp32" if way == "plain" else way]
     )
     process = ddpm.DDPM(model, device=args.device, bf16=options.precision == "bf16")
-    if way == "plain":
-        optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    else:
-        dtype = torch.bfloat16 if process.bf16 else torch.float32
-        optimizer = ddpm.Muon(model.parameters(), dtype, lr=2e-3, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=way != "plain")
     loader, _ = common.load_mnist(args.data_dir, 128, args.device, limit=32 * 128)
 
     for i, (x, _) in enumerate(loader):
