@@ -100,13 +100,24 @@ class DDPM:
     """The diffusion process of a noise-predicting `model` (report, annex; Ho et al., 2020, section 3).
 
     Time runs from 0, a little noise, to timesteps - 1, noise alone. Images are (B, 1, H, W) in [-1, 1].
+    With predict="v" the model's output is v, as in Salimans & Ho (2022), and the noise is worked out from it.
     """
 
-    def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device="cuda", bf16=False):
+    def __init__(
+        self,
+        model,
+        timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        device="cuda",
+        bf16=False,
+        predict="noise",
+    ):
         self.model = model
         self.timesteps = timesteps
         self.device = torch.device(device)
         self.bf16 = bf16
+        self.predict = predict
 
         self.betas = torch.linspace(beta_start, beta_end, timesteps, device=device)
         self.alphas = 1.0 - self.betas
@@ -117,8 +128,17 @@ class DDPM:
         print(f"Nombre de timesteps: {timesteps}")
 
     def predict_noise(self, x, t):
+        """The noise in x_t, (B, 1, H, W), from the network's noise or v, t (B,).
+
+        v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is
+        nearly noise alone, x_t is already nearly the answer, and an error in v counts for little.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.model(x, t).float()
+            prediction = self.model(x, t).float()
+        if self.predict == "noise":
+            return prediction
+        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
+        return torch.sqrt(1 - alpha_bar_t) * x + torch.sqrt(alpha_bar_t) * prediction
 
     def forward_process(self, x0, t, noise=None):
         """A sample of q(x_t | x_0), t (B,), with the noise given (Ho et al., eq. 4)."""
@@ -140,16 +160,22 @@ class DDPM:
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)  # none at t = 0, where the mean is x_0
         return mean + torch.sqrt(beta_t) * noise
 
-    def ddim_process(self, x, t, t_prev, eta=1.0):
+    def predict_x0(self, x, t):
+        """The x_0 that x_t and the predicted noise make (Ho et al., eq. 15)."""
+        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
+        return (x - torch.sqrt(1 - alpha_bar_t) * self.predict_noise(x, t)) / torch.sqrt(alpha_bar_t)
+
+    def ddim_process(self, x, t, t_prev, eta=1.0, x0=None):
         """From x_t to x_{t_prev}, both (B,); t_prev = -1 stands for x_0 (Song et al., 2021, eq. 12 and 16).
 
-        eta=0 is deterministic; eta=1 has the variance of the DDPM's posterior.
+        eta=0 is deterministic; eta=1 has the variance of the DDPM's posterior. `x0` is the network's at t, if
+        no better estimate is given.
         """
-        pred_noise = self.predict_noise(x, t)
+        x0 = self.predict_x0(x, t) if x0 is None else x0
         alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
         alpha_bar_prev = torch.where(t_prev >= 0, self.alpha_bars[t_prev], 1.0).view(-1, 1, 1, 1)
 
-        x0 = (x - torch.sqrt(1 - alpha_bar_t) * pred_noise) / torch.sqrt(alpha_bar_t)
+        pred_noise = (x - torch.sqrt(alpha_bar_t) * x0) / torch.sqrt(1 - alpha_bar_t)
         variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
         mean = torch.sqrt(alpha_bar_prev) * x0 + torch.sqrt(1 - alpha_bar_prev - variance) * pred_noise
         return mean + torch.sqrt(variance) * torch.randn_like(x)
@@ -173,22 +199,33 @@ class DDPM:
 
     @torch.inference_mode()
     def sample(self, num_samples=16, image_size=(28, 28), sampler="ddpm", steps=50, eta=1.0, history=None):
-        """`num_samples` images in [0, 1], by all the time steps ("ddpm") or by `steps` of them ("ddim").
+        """`num_samples` images in [0, 1], by all the time steps ("ddpm") or by `steps` ("ddim", "dpm++").
 
-        A list given as `history` receives x_t on its way, from noise alone to x_0, in [-1, 1] but for noise.
+        "ddim" keeps to the network's x_0 throughout a step. "dpm++" extends the line through the last two to
+        the middle of the step, in log(SNR) / 2: the second-order DPM-Solver++(2M), at eta=1 its SDE form (Lu
+        et al., 2022). A list given as `history` receives x_t on its way, from noise alone to x_0.
         """
         self.model.eval()
         x = torch.randn(num_samples, 1, *image_size, device=self.device)
         steps = self.timesteps if sampler == "ddpm" else steps
-        times = torch.linspace(self.timesteps - 1, 0, steps, device=self.device).round().long()
+        u = torch.linspace(1, 0, steps, device=self.device)
+        times = ((steps - 1) * u + (self.timesteps - steps) * u**2).round().long()  # closer near x_0
+        lengths = torch.diff(0.5 * torch.log(self.alpha_bars / (1 - self.alpha_bars))[times])
         times = torch.cat([times, times.new_tensor([-1])])[:, None].expand(-1, num_samples)
         history = [] if history is None else history
         history.append(x)
+        x0_last = None
         for i in tqdm(range(steps), desc="Génération", leave=False, disable=None):
             if sampler == "ddpm":
                 x = self.reverse_process(x, times[i])
             else:
-                x = self.ddim_process(x, times[i], times[i + 1], eta)
+                x0 = x0_middle = self.predict_x0(x, times[i])
+                if (
+                    sampler == "dpm++" and 0 < i < steps - 1
+                ):  # the last step has no middle: it ends at no noise
+                    x0_middle = x0 + lengths[i] / (2 * lengths[i - 1]) * (x0 - x0_last)
+                x = self.ddim_process(x, times[i], times[i + 1], eta, x0_middle)
+                x0_last = x0
             history.append(x)
         return (torch.clamp(x, -1.0, 1.0) + 1.0) / 2.0
 
@@ -258,7 +295,7 @@ def fit(ddpm, train_loader, args):
     average = copy.deepcopy(model)
 
     path = os.path.join(args.save_dir, "checkpoint.pt")
-    names = "epochs", "batch_size", "lr", "seed", "timesteps", "precision", "limit"
+    names = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "precision", "limit"
     settings = {name: getattr(args, name) for name in names}
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
     on_gpu = args.device.type == "cuda"
@@ -351,9 +388,11 @@ def parse_args(argv=None):
     add("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
     add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=common.positive_int, default=1000, help="steps from an image to noise")
-    add("--sampler", choices=["ddim", "ddpm"], default="ddim", help="ddpm takes all the steps")
-    add("--sample-steps", type=common.positive_int, default=50, help="steps of ddim")
-    add("--eta", type=common.nonnegative_float, default=1.0, help="noise of ddim: none at 0, the ddpm's at 1")
+    add("--predict", choices=["v", "noise"], default="v", help="what the network is to predict")
+    sampler = "dpm++ is ddim of the second order; ddpm takes all the steps"
+    add("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++", help=sampler)
+    add("--sample-steps", type=common.positive_int, default=50, help="steps of dpm++ and ddim")
+    add("--eta", type=common.nonnegative_float, default=1.0, help="their noise: none at 0, the ddpm's at 1")
     add("--num-samples", type=common.positive_int, metavar="N", help="write N samples to samples.npy too")
     precision = "bf16 is faster where the hardware has it; auto takes it there"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
@@ -365,7 +404,7 @@ def parse_args(argv=None):
     mode.add_argument("--resume", action="store_true", help="go on from the last epoch's checkpoint")
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
     args = parser.parse_args(argv)
-    if args.sampler == "ddim" and args.sample_steps > args.timesteps:
+    if args.sampler != "ddpm" and args.sample_steps > args.timesteps:
         parser.error(
             f"argument --sample-steps: takes 1 to --timesteps ({args.timesteps}), not {args.sample_steps}"
         )
@@ -380,9 +419,9 @@ def main(argv=None):
     common.check_writable(args.save_dir)
     torch.manual_seed(args.seed)
     if args.load:
-        model, config = common.load_model(args.load, "ddpm", lambda timesteps: build_unet())
-        args.timesteps = config["timesteps"]
-        if args.sampler == "ddim" and args.sample_steps > args.timesteps:
+        model, config = common.load_model(args.load, "ddpm", lambda timesteps, predict: build_unet())
+        args.timesteps, args.predict = config["timesteps"], config["predict"]
+        if args.sampler != "ddpm" and args.sample_steps > args.timesteps:
             raise OSError(f"--sample-steps {args.sample_steps}: {args.load} has {args.timesteps} time steps")
     else:
         model = build_unet()
@@ -390,11 +429,12 @@ def main(argv=None):
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
 
     print(f"DDPM on {args.device}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=args.precision == "bf16")
+    bf16 = args.precision == "bf16"
+    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=bf16, predict=args.predict)
     if not args.load:
         fit(ddpm, train_loader, args)
         path = os.path.join(args.save_dir, "ddpm.pt")
-        common.save_model(path, "ddpm", {"timesteps": args.timesteps}, ddpm.model)
+        common.save_model(path, "ddpm", {"timesteps": args.timesteps, "predict": args.predict}, ddpm.model)
         print(f"Model saved: {path}")
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded

@@ -279,11 +279,11 @@ def test_figures():
 # ---- The DDPM
 
 
-def oracle(noise_of, timesteps=1000):
-    """A DDPM on the CPU whose noise prediction is noise_of(x, t)."""
+def oracle(output_of, timesteps=1000, **kwargs):
+    """A DDPM on the CPU whose network's output is output_of(x, t), the noise if not said otherwise."""
     model = torch.nn.Module()
-    model.forward = noise_of
-    return quiet(ddpm.DDPM, model, timesteps, device="cpu")
+    model.forward = output_of
+    return quiet(ddpm.DDPM, model, timesteps, device="cpu", **kwargs)
 
 
 def posterior(process, x_t, x0, t):
@@ -340,6 +340,17 @@ def test_reverse_and_ddim_steps():
     torch.testing.assert_close(process.reverse_process(x_1, zeros), x0)  # no noise is added at t = 0
 
 
+def test_noise_from_v():
+    torch.manual_seed(0)
+    x0, noise = torch.randn(2, 4, 1, 8, 8)
+    t = torch.tensor([0, 10, 500, 999])
+    angle = oracle(None).alpha_bars[t].sqrt().arccos().view(-1, 1, 1, 1)  # cos, sin: sizes of x_0 and noise
+    process = oracle(lambda x, t: angle.cos() * noise - angle.sin() * x0, predict="v")
+    x_t = process.forward_process(x0, t, noise)
+    torch.testing.assert_close(process.predict_noise(x_t, t), noise, atol=1e-4, rtol=0)
+    assert not torch.allclose(oracle(process.model.forward).predict_noise(x_t, t), noise, atol=0.1)
+
+
 def test_ddim_recovers_x0():
     torch.manual_seed(0)
     x0 = torch.rand(5, 1, 28, 28) * 2 - 1
@@ -349,8 +360,32 @@ def test_ddim_recovers_x0():
         return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
     process = oracle(true_noise)
-    images = process.sample(5, sampler="ddim", steps=20, eta=0.0)
-    torch.testing.assert_close(images, (x0 + 1) / 2, atol=1e-4, rtol=0)
+    for sampler in "ddim", "dpm++":
+        images = process.sample(5, sampler=sampler, steps=20, eta=0.0)
+        torch.testing.assert_close(images, (x0 + 1) / 2, atol=1e-4, rtol=0)
+
+
+def test_samples_of_gaussian_data():
+    """N(0.2, 0.1)'s best prediction has a closed form; the samples must have its mean and variance."""
+    torch.manual_seed(0)
+
+    def best_noise(x, t):
+        alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
+        gain = alpha_bar.sqrt() * 0.1 / (alpha_bar * 0.1 + 1 - alpha_bar)
+        x0 = 0.2 + gain * (x - alpha_bar.sqrt() * 0.2)
+        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    process = oracle(best_noise)
+    for sampler, eta, low, high in (
+        ("ddpm", 1.0, 0.93, 1.07),
+        ("dpm++", 0.0, 0.95, 1.05),
+        ("dpm++", 1.0, 0.95, 1.07),
+        ("ddim", 0.0, 0.9, 0.96),
+        ("ddim", 1.0, 0.8, 0.9),  # the first order's steps leave out the spread of x_0 given x_t
+    ):
+        x = 2 * process.sample(50, sampler=sampler, steps=50, eta=eta) - 1
+        assert abs(x.mean() - 0.2) < 0.01, (sampler, eta, x.mean())
+        assert low < x.var() / 0.1 < high, (sampler, eta, x.var())
 
 
 def test_samples():
@@ -358,7 +393,7 @@ def test_samples():
     model = ddpm.build_unet()
     torch.nn.init.normal_(model.final_conv.weight)
     process = quiet(ddpm.DDPM, model, 8, device="cpu")
-    for sampler in "ddpm", "ddim":
+    for sampler in "ddpm", "ddim", "dpm++":
         pair = []
         for _ in range(2):
             torch.manual_seed(1)
@@ -414,7 +449,8 @@ def test_ddpm_resumed_is_the_same():
         steps = mock.Mock(wraps=ddpm.DDPM.train_step, side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt])
         with mock.patch.object(ddpm.DDPM, "train_step", lambda *args: steps(*args)):
             assert "--resume" in refused(130, ddpm, *argv, f"{folder}/out")  # in the second epoch
-        assert "--lr" in refused(1, ddpm, *argv, f"{folder}/out", "--resume", "--lr", 0.1)
+        for setting in ("--lr", 0.1), ("--predict", "noise"):
+            assert setting[0] in refused(1, ddpm, *argv, f"{folder}/out", "--resume", *setting)
         assert call(ddpm, *argv, f"{folder}/out", "--resume")[0] == 0
         models = [torch.load(f"{folder}/{name}/ddpm.pt")["state_dict"] for name in ("whole", "out")]
         assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
