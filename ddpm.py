@@ -383,7 +383,7 @@ def plot_samples(ddpm, test_loader, args):
 def parse_args(argv=None):
     parser = common.ArgumentParser(description="Train the report's DDPM and draw its figures.")
     add = parser.add_argument
-    add("--epochs", type=common.positive_int, default=18, help="passes over the training images")
+    add("--epochs", type=common.positive_int, default=12, help="passes over the training images")
     add("--batch-size", type=common.positive_int, default=128, help="images in a step")
     add("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
     add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
