@@ -220,9 +220,7 @@ class DDPM:
                 x = self.reverse_process(x, times[i])
             else:
                 x0 = x0_middle = self.predict_x0(x, times[i])
-                if (
-                    sampler == "dpm++" and 0 < i < steps - 1
-                ):  # the last step has no middle: it ends at no noise
+                if sampler == "dpm++" and 0 < i < steps - 1:  # the last step ends at no noise: no middle
                     x0_middle = x0 + lengths[i] / (2 * lengths[i - 1]) * (x0 - x0_last)
                 x = self.ddim_process(x, times[i], times[i + 1], eta, x0_middle)
                 x0_last = x0
