@@ -101,6 +101,7 @@ class DDPM:
 
     Time runs from 0, a little noise, to timesteps - 1, noise alone. Images are (B, 1, H, W) in [-1, 1].
     With predict="v" the model's output is v, as in Salimans & Ho (2022), and the noise is worked out from it.
+    `weak` is the same network after less training, which guides `model` in sampling.
     """
 
     def __init__(
@@ -112,12 +113,14 @@ class DDPM:
         device="cuda",
         bf16=False,
         predict="noise",
+        weak=None,
     ):
         self.model = model
         self.timesteps = timesteps
         self.device = torch.device(device)
         self.bf16 = bf16
         self.predict = predict
+        self.weak = weak
 
         self.betas = torch.linspace(beta_start, beta_end, timesteps, device=device)
         self.alphas = 1.0 - self.betas
@@ -127,14 +130,14 @@ class DDPM:
         print(f"Alpha bars: {self.alpha_bars[0]:.3f} -> {self.alpha_bars[-1]:.3f}")
         print(f"Nombre de timesteps: {timesteps}")
 
-    def predict_noise(self, x, t):
-        """The noise in x_t, (B, 1, H, W), from the network's noise or v, t (B,).
+    def predict_noise(self, x, t, model=None):
+        """The noise in x_t, (B, 1, H, W), from the noise or v of `model`, self.model by default, t (B,).
 
         v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is
         nearly noise alone, x_t is already nearly the answer, and an error in v counts for little.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            prediction = self.model(x, t).float()
+            prediction = (model or self.model)(x, t).float()
         if self.predict == "noise":
             return prediction
         alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
@@ -160,10 +163,17 @@ class DDPM:
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)  # none at t = 0, where the mean is x_0
         return mean + torch.sqrt(beta_t) * noise
 
-    def predict_x0(self, x, t):
-        """The x_0 that x_t and the predicted noise make (Ho et al., eq. 15)."""
+    def predict_x0(self, x, t, guidance=1.0):
+        """The x_0 that x_t and the predicted noise make (Ho et al., eq. 15).
+
+        A guidance above 1 goes on past the network's noise, in the direction that more training has taken it
+        from the weak network's: autoguidance (Karras et al., 2024).
+        """
+        noise = self.predict_noise(x, t)
+        if guidance != 1.0:
+            noise = torch.lerp(self.predict_noise(x, t, self.weak), noise, guidance)
         alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
-        return (x - torch.sqrt(1 - alpha_bar_t) * self.predict_noise(x, t)) / torch.sqrt(alpha_bar_t)
+        return (x - torch.sqrt(1 - alpha_bar_t) * noise) / torch.sqrt(alpha_bar_t)
 
     def ddim_process(self, x, t, t_prev, eta=1.0, x0=None):
         """From x_t to x_{t_prev}, both (B,); t_prev = -1 stands for x_0 (Song et al., 2021, eq. 12 and 16).
@@ -198,12 +208,22 @@ class DDPM:
         return loss.detach()
 
     @torch.inference_mode()
-    def sample(self, num_samples=16, image_size=(28, 28), sampler="ddpm", steps=50, eta=1.0, history=None):
+    def sample(
+        self,
+        num_samples=16,
+        image_size=(28, 28),
+        sampler="ddpm",
+        steps=50,
+        eta=1.0,
+        guidance=1.0,
+        history=None,
+    ):
         """`num_samples` images in [0, 1], by all the time steps ("ddpm") or by `steps` ("ddim", "dpm++").
 
         "ddim" keeps to the network's x_0 throughout a step. "dpm++" extends the line through the last two to
         the middle of the step, in log(SNR) / 2: the second-order DPM-Solver++(2M), at eta=1 its SDE form (Lu
-        et al., 2022). A list given as `history` receives x_t on its way, from noise alone to x_0.
+        et al., 2022). The guidance of both is limited to the middle of the way, where the digit takes shape
+        (Kynkäänniemi et al., 2024). A list given as `history` receives x_t, from noise alone to x_0.
         """
         self.model.eval()
         x = torch.randn(num_samples, 1, *image_size, device=self.device)
@@ -211,6 +231,8 @@ class DDPM:
         u = torch.linspace(1, 0, steps, device=self.device)
         times = ((steps - 1) * u + (self.timesteps - steps) * u**2).round().long()  # closer near x_0
         lengths = torch.diff(0.5 * torch.log(self.alpha_bars / (1 - self.alpha_bars))[times])
+        guided = (times >= 0.2 * self.timesteps) & (times < 0.6 * self.timesteps)
+        guidances = torch.where(guided, guidance, 1.0).tolist()
         times = torch.cat([times, times.new_tensor([-1])])[:, None].expand(-1, num_samples)
         history = [] if history is None else history
         history.append(x)
@@ -219,7 +241,7 @@ class DDPM:
             if sampler == "ddpm":
                 x = self.reverse_process(x, times[i])
             else:
-                x0 = x0_middle = self.predict_x0(x, times[i])
+                x0 = x0_middle = self.predict_x0(x, times[i], guidances[i])
                 if sampler == "dpm++" and 0 < i < steps - 1:  # the last step ends at no noise: no middle
                     x0_middle = x0 + lengths[i] / (2 * lengths[i - 1]) * (x0 - x0_last)
                 x = self.ddim_process(x, times[i], times[i + 1], eta, x0_middle)
@@ -243,6 +265,12 @@ def build_unet():
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.final_conv.weight)
     return model.to(memory_format=torch.channels_last)  # what convolutions are fastest on
+
+
+def build_models():
+    """The network, and the weak one that guides it in sampling: a copy from the start of its training."""
+    model = build_unet()
+    return nn.ModuleDict({"model": model, "weak": copy.deepcopy(model)})
 
 
 @torch.no_grad()
@@ -283,10 +311,12 @@ def evaluate(ddpm, data_loader):
 def fit(ddpm, train_loader, args):
     """Train as the command line says, a checkpoint after each epoch; leave the average of the weights.
 
+    ddpm.weak has the average of the first epoch.
+
     Adam under the one-cycle policy of Smith & Topin (2017): the learning rate goes up to args.lr and down
     to 0, the momentum from 0.95 to 0.85 and back.
     """
-    model = ddpm.model
+    model, weak = ddpm.model, ddpm.weak
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
@@ -295,12 +325,14 @@ def fit(ddpm, train_loader, args):
     path = os.path.join(args.save_dir, "checkpoint.pt")
     names = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "precision", "limit"
     settings = {name: getattr(args, name) for name in names}
-    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "average": average, "weak": weak, "optimizer": optimizer, "scheduler": scheduler}
     on_gpu = args.device.type == "cuda"
     epochs_done = 0
 
     def save(epoch):
         nonlocal epochs_done
+        if epoch == 1:
+            weak.load_state_dict(average.state_dict())
         checkpoint = {name: part.state_dict() for name, part in parts.items()}
         checkpoint |= {"settings": settings, "epoch": epoch, "random": torch.get_rng_state()}
         if on_gpu:
@@ -325,7 +357,7 @@ def fit(ddpm, train_loader, args):
             raise
         message = f"interrupted: the same command with --resume goes on after epoch {epochs_done}"
         raise KeyboardInterrupt(message) from None
-    ddpm.model = average
+    model.load_state_dict(average.state_dict())
 
 
 def load_checkpoint(path, settings):
@@ -348,7 +380,7 @@ def load_checkpoint(path, settings):
 
 def plot_samples(ddpm, test_loader, args):
     """The report's figure 4: a digit's way to noise, noise's way to digits, and a sheet of samples."""
-    how = {"sampler": args.sampler, "steps": args.sample_steps, "eta": args.eta}
+    how = {"sampler": args.sampler, "steps": args.sample_steps, "eta": args.eta, "guidance": args.guidance}
 
     times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(args.device)
     x0 = 2.0 * next(iter(test_loader))[0][:1].to(args.device) - 1.0
@@ -389,8 +421,10 @@ def parse_args(argv=None):
     add("--predict", choices=["v", "noise"], default="v", help="what the network is to predict")
     sampler = "dpm++ is ddim of the second order; ddpm takes all the steps"
     add("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++", help=sampler)
-    add("--sample-steps", type=common.positive_int, default=50, help="steps of dpm++ and ddim")
+    add("--sample-steps", type=common.positive_int, default=30, help="steps of dpm++ and ddim")
     add("--eta", type=common.nonnegative_float, default=1.0, help="their noise: none at 0, the ddpm's at 1")
+    guidance = "how far they go beyond a network of less training: 1 is none"
+    add("--guidance", type=common.nonnegative_float, default=1.5, help=guidance)
     add("--num-samples", type=common.positive_int, metavar="N", help="write N samples to samples.npy too")
     precision = "bf16 is faster where the hardware has it; auto takes it there"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
@@ -417,22 +451,28 @@ def main(argv=None):
     common.check_writable(args.save_dir)
     torch.manual_seed(args.seed)
     if args.load:
-        model, config = common.load_model(args.load, "ddpm", lambda timesteps, predict: build_unet())
+        models, config = common.load_model(args.load, "ddpm", lambda timesteps, predict: build_models())
         args.timesteps, args.predict = config["timesteps"], config["predict"]
         if args.sampler != "ddpm" and args.sample_steps > args.timesteps:
             raise OSError(f"--sample-steps {args.sample_steps}: {args.load} has {args.timesteps} time steps")
     else:
-        model = build_unet()
-    model.to(args.device)
+        models = build_models()
+    models.to(args.device)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
 
-    print(f"DDPM on {args.device}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    bf16 = args.precision == "bf16"
-    ddpm = DDPM(model, args.timesteps, device=args.device, bf16=bf16, predict=args.predict)
+    print(f"DDPM on {args.device}: {sum(p.numel() for p in models['model'].parameters()):,} parameters")
+    ddpm = DDPM(
+        models["model"],
+        args.timesteps,
+        device=args.device,
+        bf16=args.precision == "bf16",
+        predict=args.predict,
+        weak=models["weak"],
+    )
     if not args.load:
         fit(ddpm, train_loader, args)
         path = os.path.join(args.save_dir, "ddpm.pt")
-        common.save_model(path, "ddpm", {"timesteps": args.timesteps, "predict": args.predict}, ddpm.model)
+        common.save_model(path, "ddpm", {"timesteps": args.timesteps, "predict": args.predict}, models)
         print(f"Model saved: {path}")
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded

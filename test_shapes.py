@@ -351,6 +351,36 @@ def test_noise_from_v():
     assert not torch.allclose(oracle(process.model.forward).predict_noise(x_t, t), noise, atol=0.1)
 
 
+def test_guidance():
+    """x_0 beyond the two networks', and only at the times where it is to be."""
+    torch.manual_seed(0)
+    x0, weak_x0, noise = torch.randn(3, 4, 1, 8, 8)
+    times = {"model": [], "weak": []}
+
+    def noise_for(name, x0):
+        def predict(x, t):
+            times[name].append(t[0].item())
+            alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
+            return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+        return predict
+
+    process = oracle(noise_for("model", x0), weak=noise_for("weak", weak_x0))
+    t = torch.full((4,), 500)
+    guided = process.predict_x0(process.forward_process(x0, t, noise), t, guidance=3.0)
+    torch.testing.assert_close(guided, weak_x0 + 3 * (x0 - weak_x0), atol=1e-3, rtol=0)
+
+    for sampler, guidance, low, high in (
+        ("ddim", 1.5, 200, 600),
+        ("dpm++", 1.5, 200, 600),
+        ("ddim", 1.0, 0, 0),
+    ):
+        times["model"].clear(), times["weak"].clear()
+        process.sample(4, (8, 8), sampler, steps=30, guidance=guidance)
+        assert len(times["model"]) == 30
+        assert times["weak"] == [t for t in times["model"] if low <= t < high]
+
+
 def test_ddim_recovers_x0():
     torch.manual_seed(0)
     x0 = torch.rand(5, 1, 28, 28) * 2 - 1
@@ -449,11 +479,15 @@ def test_ddpm_resumed_is_the_same():
         steps = mock.Mock(wraps=ddpm.DDPM.train_step, side_effect=[mock.DEFAULT] * 4 + [KeyboardInterrupt])
         with mock.patch.object(ddpm.DDPM, "train_step", lambda *args: steps(*args)):
             assert "--resume" in refused(130, ddpm, *argv, f"{folder}/out")  # in the second epoch
+        first_average = torch.load(f"{folder}/out/checkpoint.pt")["average"]
         for setting in ("--lr", 0.1), ("--predict", "noise"):
             assert setting[0] in refused(1, ddpm, *argv, f"{folder}/out", "--resume", *setting)
         assert call(ddpm, *argv, f"{folder}/out", "--resume")[0] == 0
         models = [torch.load(f"{folder}/{name}/ddpm.pt")["state_dict"] for name in ("whole", "out")]
         assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+        for name, weights in first_average.items():
+            assert torch.equal(models[0][f"weak.{name}"], weights)
+        assert not torch.equal(models[0]["model.final_conv.bias"], models[0]["weak.final_conv.bias"])
 
         load = "--data-dir", folder, "--save-dir", f"{folder}/out", "--load", f"{folder}/out/ddpm.pt"
         assert "--sample-steps" in refused(1, ddpm, *load, "--sample-steps", 5)  # the model has 4
@@ -522,6 +556,7 @@ def test_bad_options():
         (ddpm, "--sample-steps", "0"),
         (ddpm, "--sample-steps", "1001"),
         (ddpm, "--eta", "1.5"),
+        (ddpm, "--guidance", "-1"),
         (ddpm, "--num-samples", "0"),
         (beta_study, "--channels", "32"),
         (beta_study, "--betas"),
