@@ -440,8 +440,9 @@ def parse_args(argv=None):
         parser.error(
             f"argument --sample-steps: takes 1 to --timesteps ({args.timesteps}), not {args.sample_steps}"
         )
-    if args.eta > 1:
-        parser.error(f"argument --eta: takes a number from 0 to 1, not {args.eta}")
+    for name, most in ("eta", 1), ("guidance", 100):
+        if getattr(args, name) > most:
+            parser.error(f"argument --{name}: takes a number from 0 to {most}, not {getattr(args, name)}")
     common.check_precision(parser, args)
     return args
 

@@ -556,7 +556,7 @@ def test_bad_options():
         (ddpm, "--sample-steps", "0"),
         (ddpm, "--sample-steps", "1001"),
         (ddpm, "--eta", "1.5"),
-        (ddpm, "--guidance", "-1"),
+        (ddpm, "--guidance", "101"),
         (ddpm, "--num-samples", "0"),
         (beta_study, "--channels", "32"),
         (beta_study, "--betas"),
