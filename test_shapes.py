@@ -286,6 +286,12 @@ def oracle(output_of, timesteps=1000, **kwargs):
     return quiet(ddpm.DDPM, model, timesteps, device="cpu", **kwargs)
 
 
+def noise_in(process, x, t, x0):
+    """The noise that makes x_t = `x` of x_0."""
+    alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
+    return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+
 def posterior(process, x_t, x0, t):
     """Mean and variance of q(x_{t-1} | x_t, x_0), Ho et al. (2020), eq. 6 and 7."""
     alpha_bar = process.alpha_bars.double()
@@ -360,8 +366,7 @@ def test_guidance():
     def noise_for(name, x0):
         def predict(x, t):
             times[name].append(t[0].item())
-            alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
-            return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+            return noise_in(process, x, t, x0)
 
         return predict
 
@@ -384,12 +389,7 @@ def test_guidance():
 def test_ddim_recovers_x0():
     torch.manual_seed(0)
     x0 = torch.rand(5, 1, 28, 28) * 2 - 1
-
-    def true_noise(x, t):
-        alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
-        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-
-    process = oracle(true_noise)
+    process = oracle(lambda x, t: noise_in(process, x, t, x0))
     for sampler in "ddim", "dpm++":
         images = process.sample(5, sampler=sampler, steps=20, eta=0.0)
         torch.testing.assert_close(images, (x0 + 1) / 2, atol=1e-4, rtol=0)
@@ -403,7 +403,7 @@ def test_samples_of_gaussian_data():
         alpha_bar = process.alpha_bars[t].view(-1, 1, 1, 1)
         gain = alpha_bar.sqrt() * 0.1 / (alpha_bar * 0.1 + 1 - alpha_bar)
         x0 = 0.2 + gain * (x - alpha_bar.sqrt() * 0.2)
-        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+        return noise_in(process, x, t, x0)
 
     process = oracle(best_noise)
     for sampler, eta, low, high in (
