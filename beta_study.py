@@ -3,24 +3,24 @@
     python beta_study.py                       the report's five values, and its figure 3
     python beta_study.py --betas 0 1 20        others; what is trained already is not trained again
 
-The models can be looked at further: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt
+More figures of one of them: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt
 """
 
 import argparse
+import math
 import os
-import time
+import sys
 
-import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
 import common
 import conv_vae
+from common import plt
 
 
 @torch.no_grad()
 def encode_dataset(vae, data_loader, device):
-    """The posterior means of all the images, and a code z drawn for each of them, both (n, d) on the CPU."""
+    """The posterior mean of each image, and a code z sampled for each, both (n, d) on the CPU."""
     vae.eval()
     means, codes = [], []
     for x, _ in data_loader:
@@ -31,7 +31,7 @@ def encode_dataset(vae, data_loader, device):
 
 
 def active_units(means, threshold=0.01):
-    """How many latent dimensions carry something: Var_x(E_q[z|x]) > 0.01 (Burda et al., 2016, section 5.2).
+    """Number of latent dimensions that are used: Var_x(E_q[z|x]) > 0.01 (Burda et al., 2016, section 5.2).
 
     means: the posterior means of a data set, (n, d).
     """
@@ -41,7 +41,7 @@ def active_units(means, threshold=0.01):
 def gaussian_kl(codes):
     """KL(N(m, S) || N(0, I)), in nats, of the mean m and covariance S of the codes (n, d).
 
-    0 if the aggregate posterior has the prior's first two moments; a lower bound of how far it is from it.
+    A lower bound of the KL between the aggregate posterior and the prior; 0 if their first two moments agree.
     """
     codes = codes.double()
     mean = codes.mean(0)
@@ -51,16 +51,16 @@ def gaussian_kl(codes):
 
 
 def nearest_distance(points, codes):
-    """Of each of the points, (m, d), the distance to the nearest of the codes, (n, d): (m,)."""
+    """Distance from each point, (m, d), to its nearest code, (n, d). Returns (m,)."""
     return torch.cat([torch.cdist(chunk, codes).amin(1) for chunk in points.split(500)])
 
 
 def empty_regions(prior, train_codes, test_codes):
-    """Which of the prior's samples lie where no image was encoded; returns (share, samples from far to near).
+    """The share of the prior's samples that are remote, and these samples from the most to the least remote.
 
-    Far is further from every training code than 99% of the test codes are. Near or not near to the data, by
-    nearest neighbours, is the idea of Kynkäänniemi et al. (2019)'s precision. The codes are samples of
-    q(z|x), not its means: in a dimension that is not used all the means are 0, and the prior's samples far.
+    Remote: further from the nearest training code than 99% of the test codes are. Judging samples by their
+    nearest neighbours is the idea of the precision of Kynkäänniemi et al. (2019). The codes are samples of
+    q(z|x), not its means: in an unused dimension all the means are 0, and every sample would be remote.
     """
     limit = nearest_distance(test_codes, train_codes).quantile(0.99)
     distance = nearest_distance(prior, train_codes)
@@ -68,7 +68,7 @@ def empty_regions(prior, train_codes, test_codes):
 
 
 def measure(vae, train_loader, test_loader, latent_dim, device):
-    """A row of the table, and 10,000 samples of the prior, from the remotest to the nearest."""
+    """The figures of a row of the table, and 10,000 prior samples from the most to the least remote."""
     bce, kl = common.evaluate(vae, test_loader)
     _, train_codes = encode_dataset(vae, train_loader, device)
     test_means, test_codes = encode_dataset(vae, test_loader, device)
@@ -84,72 +84,87 @@ def measure(vae, train_loader, test_loader, latent_dim, device):
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(description="Train the report's convolutional VAE for several betas.")
+    parser = argparse.ArgumentParser(
+        description="Train the report's convolutional VAE with several betas and measure the effect.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add = parser.add_argument
-    betas = "weights of the KL term; 0 leaves an autoencoder with noise on its code, and no prior to sample"
-    add("--betas", type=common.nonnegative_float, nargs="+", default=[0.2, 0.5, 1.0, 2.0, 5.0], help=betas)
-    conv_vae.add_options(parser)
-    add("--save-dir", default="results/beta_study", help="where the models, the table and the figures go")
+    add("--betas", type=float, nargs="+", default=[0.2, 0.5, 1.0, 2.0, 5.0], help="weights of the KL term")
+    add("--epochs", type=int, default=10, help="passes over the training images, for each beta")
+    add("--batch-size", type=int, default=128, help="images per step")
+    add("--lr", type=float, default=6e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
+    add("--latent-dim", type=int, default=10, help="dimension of z")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="layers of the encoder")
+    add("--device", default=device, help="a torch device")
+    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add("--data-dir", default="data", help="where MNIST is, or is put")
+    add("--save-dir", default="results/beta_study", help="where the models and the figures are put")
+    add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     args = parser.parse_args(argv)
-    if len({f"{beta:g}" for beta in args.betas}) < len(args.betas):
-        parser.error("argument --betas: takes each value once")
-    conv_vae.check_options(parser, args)
+
+    for option, valid, takes in (
+        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
+        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
+        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
+        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three, from 1 on"),
+        ("--betas", all(0 <= beta < math.inf for beta in args.betas), "finite numbers from 0 on"),
+        ("--betas", len({f"{beta:g}" for beta in args.betas}) == len(args.betas), "each value once"),
+        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+    ):
+        if not valid:
+            parser.error(f"argument {option}: takes {takes}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch has several types for it
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
+    if args.precision == "bf16" and not conv_vae.has_bf16(args.device):
+        parser.error(f"argument --precision: takes auto or fp32 here, {args.device} has no bfloat16")
+    if args.precision == "auto":
+        args.precision = "bf16" if conv_vae.has_bf16(args.device) else "fp32"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_writable(args.save_dir)
+    common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-    config = {"latent_dim": args.latent_dim, "channels": args.channels}
-    places = "betas", "device", "data_dir", "save_dir"
-    settings = {key: str(value) for key, value in vars(args).items() if key not in places}
-    table = os.path.join(args.save_dir, "beta_study.csv")
-    rows = {row["beta"]: row for row in common.read_rows(table, settings)}
+    where = {"latent_dim": args.latent_dim, "save_dir": args.save_dir}
     x = next(iter(test_loader))[0][:10]
-    sheet = {}
-
-    for beta in tqdm(args.betas, "Beta study", disable=None):
-        name = f"{beta:g}"
+    rows, sheet = [], []
+    for beta in args.betas:
+        args.beta, name = beta, f"{beta:g}"
+        print(f"beta={name}")
         path = os.path.join(args.save_dir, f"conv_vae_beta{name}.pt")
-        if name in rows and os.path.exists(path):
-            model, _ = common.load_model(path, "conv_vae", conv_vae.build_vae)
-            model.to(args.device)
-            seconds = rows[name]["seconds"]
-        else:
-            print(f"beta={name}")
-            torch.manual_seed(args.seed)  # the same weights and batches for every beta
-            model = conv_vae.build_vae(**config).to(args.device)
-            start = time.perf_counter()
-            conv_vae.fit(model, train_loader, argparse.Namespace(**vars(args), beta=beta))
-            seconds = f"{time.perf_counter() - start:.1f}"
-            common.save_model(path, "conv_vae", config, model)
+        model = conv_vae.load_or_fit(args, train_loader, path)
 
         torch.manual_seed(args.seed)  # the held-out loss that conv_vae.py --load finds, too
         values, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
-        rows[name] = {"beta": name} | values | {"seconds": seconds} | settings
-        common.write_rows(table, rows.values())
+        rows.append({"beta": name} | values | {"seconds": f"{model.seconds:.1f}"})
 
         torch.manual_seed(args.seed)  # the same z for every beta
         images = common.generate_samples(model, args.latent_dim, device=args.device)
-        where = {"latent_dim": args.latent_dim, "save_dir": args.save_dir}
         common.plot_generated_images(images, file_name=f"images_gen_beta{name}.png", **where)
         file_name = f"reconstructions_beta{name}.png"
         common.plot_reconstructions(model, test_loader, args.device, file_name=file_name, **where)
         with torch.no_grad():
-            sheet[name] = torch.cat([x, model(x)[0]]), images[:20], model.decode(remote[:20].to(args.device))
+            x_recon, _, _ = model(x)
+            sheet.append([torch.cat([x, x_recon]), images[:20], model.decode(remote[:20].to(args.device))])
 
-    columns = [column for column in rows[name] if column not in settings]
-    print("".join(f"{column:>13}" for column in columns))
-    for name in sheet:
-        print("".join(f"{rows[name][column]:>13}" for column in columns))
-    print(f"Table saved: {table}")
-    plot_rate_distortion([rows[name] for name in sheet], args.save_dir)
-    plot_sheet(sheet, rows, args.save_dir)
+    for row in [{column: column for column in rows[0]}, *rows]:
+        print("".join(f"{value:>13}" for value in row.values()))
+    common.save_table(rows, args.save_dir, "beta_study.csv")
+    plot_rate_distortion(rows, args.save_dir)
+    plot_sheet(rows, sheet, args.save_dir)
 
 
 def plot_rate_distortion(rows, save_dir):
-    """The held-out distortion (BCE) against the rate (KL), a point a beta (Alemi et al., 2018)."""
+    """Draw the held-out distortion (BCE) against the rate (KL), a point per beta (Alemi et al., 2018)."""
     fig, ax = plt.subplots(figsize=(7, 5))
     ax.plot([float(row["kl"]) for row in rows], [float(row["bce"]) for row in rows], "o")
     for row in rows:
@@ -162,16 +177,16 @@ def plot_rate_distortion(rows, save_dir):
     common.save_figure(fig, save_dir, "rate_distortion.png")
 
 
-def plot_sheet(sheet, rows, save_dir):
-    """A row a beta: reconstructions, samples, and what decodes from the remotest samples of the prior."""
-    size = 14, 1.3 * len(sheet) + 0.4
-    fig, axes = plt.subplots(len(sheet), 3, figsize=size, layout="constrained", squeeze=False)
-    for row_axes, (name, columns) in zip(axes, sheet.items()):
+def plot_sheet(rows, sheet, save_dir):
+    """Draw three columns per beta: reconstructions, samples, and samples from the remotest z."""
+    size = 14, 1.3 * len(rows) + 0.4
+    fig, axes = plt.subplots(len(rows), 3, figsize=size, layout="constrained", squeeze=False)
+    for row_axes, row, columns in zip(axes, rows, sheet):
         for ax, images in zip(row_axes, columns):
             ax.imshow(common.tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
-        row_axes[0].set_ylabel(f"beta = {name}")
-        row_axes[2].set_xlabel(f"{float(rows[name]['empty_share']):.1%} of the prior's samples are remote")
+        row_axes[0].set_ylabel(f"beta = {row['beta']}")
+        row_axes[2].set_xlabel(f"{float(row['empty_share']):.1%} of the prior's samples are remote")
     axes[0, 0].set_title("Test digits above their reconstructions")
     axes[0, 1].set_title("Generated, from the same z")
     axes[0, 2].set_title("Generated, from the remotest z")
@@ -179,4 +194,9 @@ def plot_sheet(sheet, rows, save_dir):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        main()
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"beta_study.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("beta_study.py: interrupted; the same command goes on with the betas that are missing")

@@ -3,11 +3,16 @@
     python conv_vae.py                                    train the report's model, draw its figures
     python conv_vae.py --latent-dim 2 --channels 32 64    another configuration
 
-Held-out loss, speed and the commands that gave them: README.md.
+All the options: --help.
 """
 
+import argparse
+import io
+import itertools
 import math
 import os
+import sys
+import time
 
 import torch
 import torch.nn as nn
@@ -15,26 +20,27 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+from common import vae_loss
 
 
 class ConvEncoder(nn.Module):
-    """(B, 1, 28, 28) -> mu and logvar, (B, latent_dim) each, in two or three layers (report, §3.1)."""
+    """(B, 1, 28, 28) -> mu and logvar, (B, latent_dim) each, through two or three layers (report, §3.1)."""
 
-    def __init__(self, latent_dim=20, channels=[32, 64, 128]):
+    def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
+        c1, c2, *c3 = channels
+        third = [nn.Conv2d(c2, *c3, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []
         self.conv_layers = nn.Sequential(
-            nn.Conv2d(1, channels[0], kernel_size=4, stride=2, padding=1),
+            nn.Conv2d(1, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
             nn.ReLU(),
-            nn.Conv2d(channels[0], channels[1], kernel_size=4, stride=2, padding=1),
+            nn.Conv2d(c1, c2, kernel_size=4, stride=2, padding=1),  # (B, 64, 7, 7)
             nn.ReLU(),
+            *third,  # (B, 128, 5, 5)
         )
-        if len(channels) == 3:
-            self.conv_layers.append(nn.Conv2d(channels[1], channels[2], kernel_size=3, stride=1, padding=0))
-            self.conv_layers.append(nn.ReLU())
         self.flatten = nn.Flatten()
-        size = 5 if len(channels) == 3 else 7
-        self.fc_mu = nn.Linear(channels[-1] * size * size, latent_dim)
-        self.fc_logvar = nn.Linear(channels[-1] * size * size, latent_dim)
+        flat_dim = c3[0] * 5 * 5 if c3 else c2 * 7 * 7
+        self.fc_mu = nn.Linear(flat_dim, latent_dim)
+        self.fc_logvar = nn.Linear(flat_dim, latent_dim)
 
     def forward(self, x):
         x = self.conv_layers(x)
@@ -47,33 +53,29 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """z, (B, latent_dim) -> (B, 1, 28, 28) in [0, 1], the mirror of ConvEncoder (report, §3.2)."""
 
-    def __init__(self, latent_dim=20, channels=[32, 64, 128]):
+    def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
-        size = 5 if len(channels) == 3 else 7
-        self.shape = channels[-1], size, size
-        self.fc = nn.Linear(latent_dim, channels[-1] * size * size)
-        self.deconv_layers = nn.Sequential()
-        if len(channels) == 3:
-            self.deconv_layers.append(nn.ConvTranspose2d(channels[2], channels[1], kernel_size=3))
-            self.deconv_layers.append(nn.ReLU())
-        self.deconv_layers.extend(
-            [
-                nn.ConvTranspose2d(channels[1], channels[0], kernel_size=4, stride=2, padding=1),
-                nn.ReLU(),
-                nn.ConvTranspose2d(channels[0], 1, kernel_size=4, stride=2, padding=1),
-                nn.Sigmoid(),
-            ]
+        c1, c2, *c3 = channels
+        self.shape = (*c3, 5, 5) if c3 else (c2, 7, 7)
+        third = [nn.ConvTranspose2d(*c3, c2, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []
+        self.fc = nn.Linear(latent_dim, math.prod(self.shape))
+        self.deconv_layers = nn.Sequential(
+            *third,  # (B, 64, 7, 7)
+            nn.ConvTranspose2d(c2, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
+            nn.ReLU(),
+            nn.ConvTranspose2d(c1, 1, kernel_size=4, stride=2, padding=1),  # (B, 1, 28, 28)
+            nn.Sigmoid(),
         )
 
     def forward(self, z):
         x = F.relu(self.fc(z))
-        x = x.view(-1, *self.shape)
+        x = x.view(-1, *self.shape)  # (B, 128, 5, 5)
         x = self.deconv_layers[:-1](x)
-        return self.deconv_layers[-1](x.float())  # a sigmoid in bfloat16 would round to 0 and 1
+        return self.deconv_layers[-1](x.float())  # the sigmoid in bfloat16 would round to 0 and 1
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder joined by the reparameterization trick (report, §2.3)."""
+    """An encoder and a decoder, joined by the reparameterization trick (report, §2.3)."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -83,7 +85,8 @@ class VAE(nn.Module):
     def reparameterize(self, mu, logvar):
         std = torch.exp(0.5 * logvar)
         eps = torch.randn_like(std)
-        return mu + eps * std
+        z = mu + eps * std
+        return z
 
     def forward(self, x):
         mu, logvar = self.encoder(x)
@@ -98,14 +101,13 @@ class VAE(nn.Module):
         return self.encoder(x)
 
 
-def train_vae(
-    model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None, verbose=True, bf16=False
-):
-    """Minimise vae_loss over `num_epochs` passes; a scheduler steps with each batch (report, §2.4).
+def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None, bf16=False):
+    """Minimise vae_loss; returns the average loss of each epoch (report, §2.4).
 
-    FloatingPointError at the end of an epoch whose loss is not finite.
+    A scheduler makes one step per batch. FloatingPointError after an epoch whose loss is not finite.
     """
     device = next(model.parameters()).device
+    losses = []
     model.train()
     for epoch in range(num_epochs):
         train_loss = torch.zeros((), device=device)
@@ -114,7 +116,7 @@ def train_vae(
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_recon, mu, logvar = model(x)
-            loss = common.vae_loss(x_recon, x, mu.float(), logvar.float(), beta)
+            loss = vae_loss(x_recon, x, mu.float(), logvar.float(), beta)
             loss.backward()
             optimizer.step()
             if scheduler is not None:
@@ -123,102 +125,173 @@ def train_vae(
         avg_loss = train_loss.item() / len(dataloader.dataset)
         if not math.isfinite(avg_loss):
             raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
-        if verbose:
-            print(f"Epoch [{epoch + 1}/{num_epochs}] Average loss: {avg_loss:.4f}", flush=True)
+        print(f"Epoch [{epoch + 1}/{num_epochs}] Average loss: {avg_loss:.4f}", flush=True)
+        losses.append(avg_loss)
+    return losses
 
 
-# The report's three (§3.3), by the channels of the encoder.
-ARCHITECTURES = [32, 64], [16, 32, 64], [32, 64, 128]
+# ---- The report's model, its training and its study of configurations (§3.3)
+
+ARCHITECTURES = [32, 64], [16, 32, 64], [32, 64, 128]  # channels of the encoder
+LATENT_DIMS = 2, 5, 10, 20, 50, 100
+OPTIONS = "latent_dim", "channels", "epochs", "batch_size", "lr", "beta", "seed", "limit"
 
 
-def build_vae(latent_dim, channels):
-    """The convolutional VAE whose encoder has these two or three `channels`, mirrored by its decoder."""
+def build_vae(latent_dim=10, channels=(32, 64, 128)):
+    """The convolutional VAE whose encoder has these channels; its decoder has them in reverse order."""
     encoder = ConvEncoder(latent_dim=latent_dim, channels=channels)
     decoder = ConvDecoder(latent_dim=latent_dim, channels=channels)
-    return VAE(encoder, decoder).to(memory_format=torch.channels_last)  # what convolutions are fastest on
+    return VAE(encoder, decoder).to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
 
-def fit(model, train_loader, args, verbose=True):
-    """Train as the command line says: Adam under the one-cycle policy of Smith & Topin (2017).
+def fit(args, train_loader, path):
+    """Train a VAE with the options `args`, save it at `path` and return it.
 
-    The learning rate goes up to args.lr and down to 0, the momentum from 0.95 to 0.85 and back.
+    Adam under the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
+    0, the momentum falls from 0.95 to 0.85 and rises again.
     """
+    torch.manual_seed(args.seed)
+    model = build_vae(args.latent_dim, args.channels).to(args.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"VAE on {args.device} ({args.precision}): {parameters:,} parameters")
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
+    start = time.perf_counter()
     bf16 = args.precision == "bf16"
-    train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler, verbose, bf16)
+    losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler, bf16)
+
+    saved = {"script": "conv_vae", "options": {name: getattr(args, name) for name in OPTIONS}}
+    saved |= {"seconds": time.perf_counter() - start, "losses": losses, "state_dict": model.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(buffer.getbuffer())  # a full disk stops here, and an earlier model is still there
+    os.replace(f"{path}.tmp", path)
+    print(f"Model saved: {path}")
+    return load(path).to(args.device)
 
 
-CHANNELS = "two or three whole numbers above 0, such as 32 64, 16 32 64 or 32 64 128"
+def load(path):
+    """The VAE saved at `path`, on the CPU, with the options, losses and seconds of its training. OSError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["script"] != "conv_vae":
+            raise ValueError(saved["script"])
+        model = build_vae(saved["options"]["latent_dim"], saved["options"]["channels"])
+        model.load_state_dict(saved["state_dict"])
+        model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
+    except OSError:  # there is no such file
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        raise OSError(f"{path} is damaged, or not a model of conv_vae.py") from error
+    return model
 
 
-def add_options(parser):
-    """The options of the model and its training, which beta_study.py has too."""
-    add = parser.add_argument
-    add("--epochs", type=common.positive_int, default=10, help="passes over the training images")
-    add("--batch-size", type=common.positive_int, default=128, help="images in a step")
-    add("--lr", type=common.positive_float, default=6e-3, help="peak learning rate")
-    add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
-    add("--latent-dim", type=common.positive_int, default=10, help="dimension of z")
-    channel = common.number(int, CHANNELS, lambda n: 1 <= n <= 1e9)
-    add("--channels", type=channel, nargs="*", default=[32, 64, 128], help=f"the encoder's: {CHANNELS}")
-    precision = "bf16 is faster where the hardware has it; auto takes it there"
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
-    add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
-    add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--limit", type=common.positive_int, default=60000, metavar="N", help="train on the first N images")
+def load_or_fit(args, train_loader, path):
+    """The model saved at `path`, trained first if it is not there. OSError if it has other options."""
+    if not os.path.exists(path):
+        return fit(args, train_loader, path)
+    model = load(path)
+    if model.options != {name: getattr(args, name) for name in OPTIONS}:
+        raise OSError(f"{path} was trained with other options: delete it, or give another --save-dir")
+    return model.to(args.device)
 
 
-def check_options(parser, args):
-    if len(args.channels) not in (2, 3):
-        parser.error(f"argument --channels: takes {CHANNELS}, not {len(args.channels)} of them")
-    common.check_precision(parser, args)
+def sweep(args, train_loader, test_loader):
+    """Train the report's 18 configurations, except those that are saved already; draw the results."""
+    rows, samples = [], []
+    for architecture, latent_dim in itertools.product(ARCHITECTURES, LATENT_DIMS):
+        args.channels, args.latent_dim = architecture, latent_dim
+        name = "-".join(map(str, architecture))
+        print(f"Architecture {name}, latent_dim={latent_dim}")
+        path = os.path.join(args.save_dir, f"conv_vae_{name}_latent{latent_dim}.pt")
+        model = load_or_fit(args, train_loader, path)
+
+        torch.manual_seed(args.seed)  # the held-out loss that --load finds, too
+        bce, kl = common.evaluate(model, test_loader)
+        print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
+        torch.manual_seed(args.seed)
+        samples.append(common.generate_samples(model, latent_dim, 8, args.device))
+        row = {"architecture": name, "latent_dim": latent_dim}
+        row |= {"parameters": sum(p.numel() for p in model.parameters()), "epochs": args.epochs}
+        results = {"bce": bce, "kl": kl, "loss": bce + kl, "seconds": model.seconds}
+        rows.append(row | {key: round(value, 2) for key, value in results.items()})
+    common.plot_sweep(rows, samples, args.save_dir)
+
+
+def has_bf16(device):
+    """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(description="Train the report's convolutional VAE and draw its figures.")
-    add_options(parser)
+    parser = argparse.ArgumentParser(
+        description="Train the report's convolutional VAE and draw its figures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add = parser.add_argument
-    add("--beta", type=common.nonnegative_float, default=1.0, help="weight of the KL term")
-    add("--save-dir", default="results/conv_vae", help="where the model and the figures go")
+    add("--epochs", type=int, default=10, help="passes over the training images")
+    add("--batch-size", type=int, default=128, help="images per step")
+    add("--lr", type=float, default=6e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
+    add("--latent-dim", type=int, default=10, help="dimension of z")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="layers of the encoder")
+    add("--beta", type=float, default=1.0, help="weight of the KL term")
+    add("--device", default=device, help="a torch device")
+    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add("--data-dir", default="data", help="where MNIST is, or is put")
+    add("--save-dir", default="results/conv_vae", help="where the model and the figures are put")
+    add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
-    mode.add_argument("--sweep", action="store_true", help="train all 18 models of the report's study")
+    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
+    mode.add_argument("--sweep", action="store_true", help="train the report's 18 configurations")
     args = parser.parse_args(argv)
-    check_options(parser, args)
+
+    for option, valid, takes in (
+        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
+        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
+        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
+        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three, from 1 on"),
+        ("--beta", 0 <= args.beta < math.inf, "a finite number from 0 on"),
+        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+    ):
+        if not valid:
+            parser.error(f"argument {option}: takes {takes}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch has several types for it
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
+    if args.precision == "bf16" and not has_bf16(args.device):
+        parser.error(f"argument --precision: takes auto or fp32 here, {args.device} has no bfloat16")
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(args.device) else "fp32"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_writable(args.save_dir)
-    if args.sweep:
-        common.sweep(args, "conv_vae", "channels", ARCHITECTURES, build_vae, fit)
-        return
-
-    torch.manual_seed(args.seed)
-    config = {"latent_dim": args.latent_dim, "channels": args.channels}
-    if args.load:
-        model, config = common.load_model(args.load, "conv_vae", build_vae)
-    else:
-        model = build_vae(**config)
-    latent_dim = config["latent_dim"]
-    model.to(args.device)
+    common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-
-    print(f"VAE {config} on {args.device}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    if not args.load:
-        fit(model, train_loader, args)
+    if args.sweep:
+        sweep(args, train_loader, test_loader)
+        return
+    path = os.path.join(args.save_dir, f"conv_vae_latent{args.latent_dim}.pt")
+    model = load(args.load).to(args.device) if args.load else fit(args, train_loader, path)
+    latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
     bce, kl = common.evaluate(model, test_loader)
     print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
-    if not args.load:
-        path = os.path.join(args.save_dir, f"conv_vae_latent{latent_dim}.pt")
-        common.save_model(path, "conv_vae", config, model)
-        print(f"Model saved: {path}")
-
+    common.plot_losses(model.losses, args.save_dir)
     images = common.generate_samples(model, latent_dim, device=args.device)
     common.plot_generated_images(images, latent_dim, save_dir=args.save_dir)
     common.plot_reconstructions(model, test_loader, args.device, latent_dim, args.save_dir)
@@ -227,4 +300,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        main()
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"conv_vae.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("conv_vae.py: interrupted; a sweep goes on where it stopped if you start it again")

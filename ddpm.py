@@ -2,14 +2,18 @@
 
     python ddpm.py                                              train, draw the report's figure 4
     python ddpm.py --resume                                     go on after an interruption
-    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample with the report's 1000 steps
+    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample in the report's 1000 steps
 
-Losses, quality and speed of the samples, and the commands that gave them: README.md.
+First the annex, then what goes beyond it: a network that predicts v, a fast sampler, the training.
 """
 
+import argparse
 import copy
+import io
 import math
 import os
+import sys
+import time
 
 import numpy as np
 import torch
@@ -19,24 +23,29 @@ from tqdm import tqdm
 
 import common
 
+# ---- The annex
+
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 down to 1 / 10000."""
+    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 to 1 / 10000 (annex)."""
 
     def __init__(self, dim):
         super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"the time embedding takes an even dimension of at least 4, not {dim}")
         self.dim = dim
 
     def forward(self, time):
         half_dim = self.dim // 2
-        embeddings = math.log(10000) / (half_dim - 1)  # NumPy's log would make it float64 when compiled
+        embeddings = math.log(10000) / (half_dim - 1)
         embeddings = torch.exp(torch.arange(half_dim, device=time.device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
-        return torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
+        embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
+        return embeddings
 
 
 class SimpleBlock(nn.Module):
-    """(B, in_channels, H, W) and the embedding of t -> (B, out_channels, H, W)."""
+    """(B, in_channels, H, W) and t's embedding, (B, time_emb_dim) -> (B, out_channels, H, W) (annex)."""
 
     def __init__(self, in_channels, out_channels, time_emb_dim):
         super().__init__()
@@ -46,8 +55,13 @@ class SimpleBlock(nn.Module):
 
     def forward(self, x, t_emb):
         h = F.silu(self.conv1(x))
-        h = h + self.time_mlp(t_emb)[:, :, None, None]
-        return F.silu(self.conv2(h))
+
+        time_emb = self.time_mlp(t_emb)
+        time_emb = time_emb[(...,) + (None,) * 2]  # (B, out_channels, 1, 1)
+        h = h + time_emb
+
+        h = F.silu(self.conv2(h))
+        return h
 
 
 class SimpleMNistUNet(nn.Module):
@@ -85,44 +99,41 @@ class SimpleMNistUNet(nn.Module):
         x2 = self.enc2(F.max_pool2d(x1, 2), t_emb)  # (B, 64, 14, 14)
         x3 = self.enc3(F.max_pool2d(x2, 2), t_emb)  # (B, 128, 7, 7)
 
-        x = self.bottleneck(F.max_pool2d(x3, 2), t_emb)  # (B, 256, 3, 3)
+        x_bottleneck = self.bottleneck(F.max_pool2d(x3, 2), t_emb)  # (B, 256, 3, 3)
 
-        for up, dec, skip in (self.up1, self.dec1, x3), (self.up2, self.dec2, x2), (self.up3, self.dec3, x1):
-            x = up(x)
-            if x.shape[2:] != skip.shape[2:]:  # 6x6 for 7x7
-                x = F.interpolate(x, size=skip.shape[2:], mode="nearest")
-            x = dec(torch.cat([x, skip], dim=1), t_emb)
+        x = self.up1(x_bottleneck)  # (B, 128, 6, 6)
+        if x.shape[2:] != x3.shape[2:]:
+            x = F.interpolate(x, size=x3.shape[2:], mode="nearest")  # (B, 128, 7, 7)
+        x = torch.cat([x, x3], dim=1)
+        x = self.dec1(x, t_emb)
+
+        x = self.up2(x)  # (B, 64, 14, 14)
+        if x.shape[2:] != x2.shape[2:]:
+            x = F.interpolate(x, size=x2.shape[2:], mode="nearest")
+        x = torch.cat([x, x2], dim=1)
+        x = self.dec2(x, t_emb)
+
+        x = self.up3(x)  # (B, 32, 28, 28)
+        if x.shape[2:] != x1.shape[2:]:
+            x = F.interpolate(x, size=x1.shape[2:], mode="nearest")
+        x = torch.cat([x, x1], dim=1)
+        x = self.dec3(x, t_emb)
 
         return self.final_conv(x)
 
 
 class DDPM:
-    """The diffusion process of a noise-predicting `model` (report, annex; Ho et al., 2020, section 3).
+    """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    Time runs from 0, a little noise, to timesteps - 1, noise alone. Images are (B, 1, H, W) in [-1, 1].
-    With predict="v" the model's output is v, as in Salimans & Ho (2022), and the noise is worked out from it.
-    `weak` is the same network after less training, which guides `model` in sampling.
+    t runs from 0, a little noise, to timesteps - 1, noise only. Images are (B, 1, H, W) in [-1, 1].
     """
 
-    def __init__(
-        self,
-        model,
-        timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        device="cuda",
-        bf16=False,
-        predict="noise",
-        weak=None,
-    ):
+    def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
         self.model = model
         self.timesteps = timesteps
-        self.device = torch.device(device)
-        self.bf16 = bf16
-        self.predict = predict
-        self.weak = weak
+        self.device = device or next(model.parameters()).device
 
-        self.betas = torch.linspace(beta_start, beta_end, timesteps, device=device)
+        self.betas = torch.linspace(beta_start, beta_end, timesteps, device=self.device)
         self.alphas = 1.0 - self.betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
@@ -130,356 +141,383 @@ class DDPM:
         print(f"Alpha bars: {self.alpha_bars[0]:.3f} -> {self.alpha_bars[-1]:.3f}")
         print(f"Nombre de timesteps: {timesteps}")
 
-    def predict_noise(self, x, t, model=None):
-        """The noise in x_t, (B, 1, H, W), from the noise or v of `model`, self.model by default, t (B,).
-
-        v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is
-        nearly noise alone, x_t is already nearly the answer, and an error in v counts for little.
-        """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            prediction = (model or self.model)(x, t).float()
-        if self.predict == "noise":
-            return prediction
-        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
-        return torch.sqrt(1 - alpha_bar_t) * x + torch.sqrt(alpha_bar_t) * prediction
-
     def forward_process(self, x0, t, noise=None):
-        """A sample of q(x_t | x_0), t (B,), with the noise given (Ho et al., eq. 4)."""
+        """Noise x0 up to t, (B,): a sample of q(x_t | x_0), made with `noise` (Ho et al., eq. 4)."""
         if noise is None:
             noise = torch.randn_like(x0)
         t = torch.clamp(t, 0, self.timesteps - 1)
         alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
-        return torch.sqrt(alpha_bar_t) * x0 + torch.sqrt(1 - alpha_bar_t) * noise
+        x_t = torch.sqrt(alpha_bar_t) * x0 + torch.sqrt(1 - alpha_bar_t) * noise
+        return x_t
 
     def reverse_process(self, x, t):
-        """A sample of p(x_{t-1} | x_t), t (B,), of variance beta_t (Ho et al., eq. 11 and algorithm 2)."""
+        """From x_t to a sample of p(x_{t-1} | x_t), of variance beta_t; t: (B,) (Ho et al., algorithm 2)."""
         t = torch.clamp(t, 0, self.timesteps - 1)
-        pred_noise = self.predict_noise(x, t)
+        pred_noise = self.model(x, t)
+
         alpha_t = self.alphas[t].view(-1, 1, 1, 1)
         alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
         beta_t = self.betas[t].view(-1, 1, 1, 1)
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
-        noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)  # none at t = 0, where the mean is x_0
-        return mean + torch.sqrt(beta_t) * noise
 
-    def predict_x0(self, x, t, guidance=1.0):
-        """The x_0 that x_t and the predicted noise make (Ho et al., eq. 15).
+        # The listing tests t[0] > 0; each image may have its own t. At t = 0 the mean is the listing's x_0.
+        noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
+        std = torch.sqrt(beta_t)
+        x_prev = mean + std * noise
+        return x_prev
 
-        A guidance above 1 goes on past the network's noise, in the direction that more training has taken it
-        from the weak network's: autoguidance (Karras et al., 2024).
-        """
-        noise = self.predict_noise(x, t)
-        if guidance != 1.0:
-            noise = torch.lerp(self.predict_noise(x, t, self.weak), noise, guidance)
-        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
-        return (x - torch.sqrt(1 - alpha_bar_t) * noise) / torch.sqrt(alpha_bar_t)
-
-    def ddim_process(self, x, t, t_prev, eta=1.0, x0=None):
-        """From x_t to x_{t_prev}, both (B,); t_prev = -1 stands for x_0 (Song et al., 2021, eq. 12 and 16).
-
-        eta=0 is deterministic; eta=1 has the variance of the DDPM's posterior. `x0` is the network's at t, if
-        no better estimate is given.
-        """
-        x0 = self.predict_x0(x, t) if x0 is None else x0
-        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
-        alpha_bar_prev = torch.where(t_prev >= 0, self.alpha_bars[t_prev], 1.0).view(-1, 1, 1, 1)
-
-        pred_noise = (x - torch.sqrt(alpha_bar_t) * x0) / torch.sqrt(1 - alpha_bar_t)
-        variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
-        mean = torch.sqrt(alpha_bar_prev) * x0 + torch.sqrt(1 - alpha_bar_prev - variance) * pred_noise
-        return mean + torch.sqrt(variance) * torch.randn_like(x)
-
-    def loss(self, x0):
-        """The squared error of the noise predicted at a random t for each image (Ho et al., eq. 14)."""
+    def train_step(self, x0, optimizer):
+        """One step on a batch of images; returns its loss, a tensor (Ho et al., eq. 14, algorithm 1)."""
+        self.model.train()
         t = torch.randint(0, self.timesteps, (x0.shape[0],), device=self.device)
         noise = torch.randn_like(x0)
         x_t = self.forward_process(x0, t, noise)
-        return F.mse_loss(self.predict_noise(x_t, t), noise)
+        pred_noise = self.model(x_t, t)
+        loss = F.mse_loss(pred_noise, noise)
 
-    def train_step(self, x0, optimizer):
-        """One step on a batch; returns its loss, left on the device (Ho et al., algorithm 1)."""
-        self.model.train()
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
-        loss = self.loss(x0)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # not in the listing; keeps high rates stable
         optimizer.step()
-        return loss.detach()
+        return loss.detach()  # loss.item() would wait for the GPU at every step
 
-    @torch.inference_mode()
-    def sample(
-        self,
-        num_samples=16,
-        image_size=(28, 28),
-        sampler="ddpm",
-        steps=50,
-        eta=1.0,
-        guidance=1.0,
-        history=None,
-    ):
-        """`num_samples` images in [0, 1], by all the time steps ("ddpm") or by `steps` ("ddim", "dpm++").
-
-        "ddim" keeps to the network's x_0 throughout a step. "dpm++" extends the line through the last two to
-        the middle of the step, in log(SNR) / 2: the second-order DPM-Solver++(2M), at eta=1 its SDE form (Lu
-        et al., 2022). The guidance of both is limited to the middle of the way, where the digit takes shape
-        (Kynkäänniemi et al., 2024). A list given as `history` receives x_t, from noise alone to x_0.
-        """
+    def sample(self, num_samples=16, image_size=(28, 28)):
+        """Images, (num_samples, 1, H, W) in [0, 1], in `timesteps` steps (Ho et al., algorithm 2)."""
         self.model.eval()
-        x = torch.randn(num_samples, 1, *image_size, device=self.device)
-        steps = self.timesteps if sampler == "ddpm" else steps
-        u = torch.linspace(1, 0, steps, device=self.device)
-        times = ((steps - 1) * u + (self.timesteps - steps) * u**2).round().long()  # closer near x_0
-        lengths = torch.diff(0.5 * torch.log(self.alpha_bars / (1 - self.alpha_bars))[times])
-        guided = (times >= 0.2 * self.timesteps) & (times < 0.6 * self.timesteps)
-        guidances = torch.where(guided, guidance, 1.0).tolist()
-        times = torch.cat([times, times.new_tensor([-1])])[:, None].expand(-1, num_samples)
-        history = [] if history is None else history
-        history.append(x)
-        x0_last = None
-        for i in tqdm(range(steps), desc="Génération", leave=False, disable=None):
-            if sampler == "ddpm":
-                x = self.reverse_process(x, times[i])
-            else:
-                x0 = x0_middle = self.predict_x0(x, times[i], guidances[i])
-                if sampler == "dpm++" and 0 < i < steps - 1:  # the last step ends at no noise: no middle
-                    x0_middle = x0 + lengths[i] / (2 * lengths[i - 1]) * (x0 - x0_last)
-                x = self.ddim_process(x, times[i], times[i + 1], eta, x0_middle)
-                x0_last = x0
-            history.append(x)
-        return (torch.clamp(x, -1.0, 1.0) + 1.0) / 2.0
+        with torch.no_grad():
+            x = torch.randn(num_samples, 1, image_size[0], image_size[1], device=self.device)
+            for i in tqdm(reversed(range(self.timesteps)), "Génération", self.timesteps, False, disable=None):
+                t = torch.full((num_samples,), i, device=self.device, dtype=torch.long)
+                x = self.reverse_process(x, t)
+            x = torch.clamp(x, -1.0, 1.0)
+            x = (x + 1.0) / 2.0
+        return x
+
+
+# ---- Beyond the annex: v, fewer steps, guidance
+
+
+class NoiseFromV(nn.Module):
+    """Wraps a network that predicts v: takes x_t and t, returns the noise.
+
+    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is nearly
+    noise alone, x_t itself is nearly the answer, and an error in v counts for little.
+    """
+
+    def __init__(self, unet, alpha_bars):
+        super().__init__()
+        self.unet = unet
+        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+
+    def forward(self, x, t):
+        alpha_bar_t = self.alpha_bars[t].view(-1, 1, 1, 1)
+        return torch.sqrt(alpha_bar_t) * self.unet(x, t) + torch.sqrt(1 - alpha_bar_t) * x
+
+
+@torch.no_grad()
+def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
+    """Generate images in few steps; returns the list of all x_t, (n, 1, 28, 28), the last one x_0.
+
+    Each step goes from t to some s < t by the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7), which is
+    a step of DDIM at eta=1 (Song et al., 2021). Its x_0 is extrapolated from the last two estimates to the
+    midpoint of the step (DPM-Solver++(2M), Lu et al., 2022).
+    guidance > 1 extrapolates: noise = guide + guidance * (model - guide), where `guide` is the same network
+    after less training (autoguidance, Karras et al., 2024). 1 means no guidance.
+    """
+    ddpm.model.eval()
+    guide.eval()
+    u = torch.linspace(1, 0, steps)
+    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**2  # from timesteps - 1 to 0, closer near 0
+    times = times.round().long().tolist()
+    alpha_bars = [*ddpm.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
+    log_snr = [math.log(a / (1 - a)) for a in alpha_bars[:-1]]
+    x, x0_last = torch.randn(num_samples, 1, 28, 28, device=ddpm.device), None
+    xs = [x]
+    for i in tqdm(range(steps), "Génération", leave=False, disable=None):
+        t = torch.full((num_samples,), times[i], device=ddpm.device)
+        a_t, a_s = alpha_bars[i], alpha_bars[i + 1]
+
+        noise = ddpm.model(x, t).float()
+        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:  # where the digit takes shape
+            noise_guide = guide(x, t).float()
+            noise = noise_guide + guidance * (noise - noise_guide)
+
+        x0 = x0_mid = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+        if x0_last is not None and i < steps - 1:  # the last step ends at log(SNR) = infinity: no midpoint
+            step_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            x0_mid = x0 + step_ratio / 2 * (x0 - x0_last)
+        x0_last = x0
+
+        alpha = a_t / a_s  # the product of the alphas from s + 1 to t
+        mean = (math.sqrt(a_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
+        variance = (1 - a_s) * (1 - alpha) / (1 - a_t)
+        x = mean + math.sqrt(variance) * torch.randn_like(x)
+        xs.append(x)
+    return xs
+
+
+# ---- Training
 
 
 def build_unet():
-    """The U-Net with He et al. (2015)'s weights, which keep the signal's size from layer to layer.
+    """The U-Net with the weights of He et al. (2015), which keep the size of the signal from layer to layer.
 
-    PyTorch's own shrink it at each, and the report's network has no normalisation that would mend it.
+    PyTorch's default weights shrink it in each layer, and this U-Net has no normalisation against that.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.ConvTranspose2d):  # of its 4x4 weights, 2x2 reach each pixel
+        elif isinstance(module, nn.ConvTranspose2d):  # 2x2 of its 4x4 weights reach each pixel
             nn.init.normal_(module.weight, std=(module.in_channels * 4) ** -0.5)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.final_conv.weight)
-    return model.to(memory_format=torch.channels_last)  # what convolutions are fastest on
+    return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
 
-def build_models():
-    """The network, and the weak one that guides it in sampling: a copy from the start of its training."""
-    model = build_unet()
-    return nn.ModuleDict({"model": model, "weak": copy.deepcopy(model)})
+def build_ddpm(timesteps=1000, predict="v", device="cpu"):
+    """A DDPM with an untrained U-Net that predicts "v" or "noise"; with any `timesteps`, x_T is noise."""
+    scale = 1000 / timesteps  # fewer steps must add the same noise (Nichol & Dhariwal, 2021)
+    ddpm = DDPM(build_unet().to(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
+    if predict == "v":
+        ddpm.model = NoiseFromV(ddpm.model, ddpm.alpha_bars)
+    return ddpm
 
 
 @torch.no_grad()
-def update_average(average, model, step):
-    """Move `average` towards the weights of step 1, 2, ...; over some 1000 steps, over fewer at the start."""
+def update_ema(ema, model, step):
+    """Exponential moving average of the weights: decay 0.999, smaller during the first steps (step >= 1)."""
     decay = min(0.999, (1 + step) / (10 + step))
-    for p_average, p in zip(average.parameters(), model.parameters()):
-        p_average.lerp_(p, 1 - decay)
+    for p_ema, p in zip(ema.parameters(), model.parameters()):
+        p_ema.lerp_(p, 1 - decay)
 
 
-def train(ddpm, dataloader, optimizer, scheduler, average, num_epochs, first_epoch=0, save=None):
-    """The epochs from `first_epoch` on; calls `save(epochs done)` after each. FloatingPointError on NaN."""
-    for epoch in range(first_epoch, num_epochs):
-        train_loss = torch.zeros((), device=ddpm.device)
-        for x, _ in tqdm(dataloader, f"Epoch {epoch + 1}", leave=False, disable=None):
-            x0 = 2.0 * x.to(ddpm.device) - 1.0
-            train_loss += ddpm.train_step(x0, optimizer)
-            scheduler.step()
-            update_average(average, ddpm.model, scheduler.last_epoch)
-        avg_loss = train_loss.item() / len(dataloader)
-        if not math.isfinite(avg_loss):
-            raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
-        if save is not None:
-            save(epoch + 1)
-        print(f"Epoch [{epoch + 1}/{num_epochs}] Average loss: {avg_loss:.4f}", flush=True)
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(ddpm, data_loader):
-    """The mean squared error of the predicted noise, each image at a time step drawn for it."""
+    """The mean squared error of the predicted noise, with one random t for each image."""
     ddpm.model.eval()
     loss = 0.0
     for x, _ in data_loader:
-        loss += ddpm.loss(2.0 * x.to(ddpm.device) - 1.0).item() * len(x)
+        x0 = 2.0 * x.to(ddpm.device) - 1.0
+        t = torch.randint(0, ddpm.timesteps, (len(x0),), device=ddpm.device)
+        noise = torch.randn_like(x0)
+        x_t = ddpm.forward_process(x0, t, noise)
+        loss += F.mse_loss(ddpm.model(x_t, t), noise).item() * len(x0)
     return loss / len(data_loader.dataset)
 
 
-def fit(ddpm, train_loader, args):
-    """Train as the command line says, a checkpoint after each epoch; leave the average of the weights.
+OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 
-    ddpm.weak has the average of the first epoch.
 
-    Adam under the one-cycle policy of Smith & Topin (2017): the learning rate goes up to args.lr and down
-    to 0, the momentum from 0.95 to 0.85 and back.
+def train_ddpm(args, dataloader):
+    """Train with the options `args`; leave checkpoint.pt after each epoch and ddpm.pt after the last.
+
+    Adam under the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA of the first epoch.
+    FloatingPointError after an epoch whose loss is not finite; OSError if --resume can't go on.
     """
-    model, weak = ddpm.model, ddpm.weak
+    torch.manual_seed(args.seed)
+    ddpm = build_ddpm(args.timesteps, args.predict, args.device)
+    model = ddpm.model
+    ema, guide = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = args.epochs * len(train_loader)
+    total_steps = args.epochs * len(dataloader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
-    average = copy.deepcopy(model)
-
+    parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
+    checkpoint = {"script": "ddpm", "options": {name: getattr(args, name) for name in OPTIONS}}
+    losses, seconds = [], 0.0
     path = os.path.join(args.save_dir, "checkpoint.pt")
-    names = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "precision", "limit"
-    settings = {name: getattr(args, name) for name in names}
-    parts = {"model": model, "average": average, "weak": weak, "optimizer": optimizer, "scheduler": scheduler}
-    on_gpu = args.device.type == "cuda"
-    epochs_done = 0
-
-    def save(epoch):
-        nonlocal epochs_done
-        if epoch == 1:
-            weak.load_state_dict(average.state_dict())
-        checkpoint = {name: part.state_dict() for name, part in parts.items()}
-        checkpoint |= {"settings": settings, "epoch": epoch, "random": torch.get_rng_state()}
-        if on_gpu:
-            checkpoint["gpu_random"] = torch.cuda.get_rng_state(args.device)
-        with common.replacing(path) as tmp:
-            torch.save(checkpoint, tmp)
-        epochs_done = epoch
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"DDPM on {args.device} ({args.precision}): {parameters:,} parameters")
 
     if args.resume:
-        checkpoint = load_checkpoint(path, settings)
+        saved = read(path)
+        for name, value in checkpoint["options"].items():
+            if saved["options"][name] != value:
+                raise OSError(f"{path} has --{name.replace('_', '-')} {saved['options'][name]}, not {value}")
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        epochs_done = checkpoint["epoch"]
-        torch.set_rng_state(checkpoint["random"])
-        if on_gpu and "gpu_random" in checkpoint:
-            torch.cuda.set_rng_state(checkpoint["gpu_random"], args.device)
-        print(f"Going on after epoch {epochs_done}")
-    try:
-        train(ddpm, train_loader, optimizer, scheduler, average, args.epochs, epochs_done, save)
-    except KeyboardInterrupt:
-        if not epochs_done:
-            raise
-        message = f"interrupted: the same command with --resume goes on after epoch {epochs_done}"
-        raise KeyboardInterrupt(message) from None
-    model.load_state_dict(average.state_dict())
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"])
+        checkpoint, losses, seconds = saved, saved["losses"], saved["seconds"]
+        print(f"Going on after epoch {len(losses)}")
+
+    for epoch in range(len(losses), args.epochs):
+        start = time.perf_counter()
+        train_loss = torch.zeros((), device=ddpm.device)
+        for x, _ in tqdm(dataloader, f"Epoch {epoch + 1}", leave=False, disable=None):
+            x0 = 2.0 * x.to(ddpm.device) - 1.0
+            with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                train_loss += ddpm.train_step(x0, optimizer)
+            scheduler.step()
+            update_ema(ema, model, scheduler.last_epoch)
+        avg_loss = train_loss.item() / len(dataloader)
+        if not math.isfinite(avg_loss):
+            raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
+        print(f"Epoch [{epoch + 1}/{args.epochs}] Average loss: {avg_loss:.4f}", flush=True)
+        losses.append(avg_loss)
+        seconds += time.perf_counter() - start
+        if epoch == 0:
+            guide.load_state_dict(ema.state_dict())
+        checkpoint |= {"losses": losses, "seconds": seconds, "rng": torch.get_rng_state()}
+        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+        save(checkpoint, path)
+
+    path = os.path.join(args.save_dir, "ddpm.pt")
+    keep = "script", "options", "losses", "seconds", "ema", "guide"
+    save({name: checkpoint[name] for name in keep}, path)
+    print(f"Model saved: {path}")
 
 
-def load_checkpoint(path, settings):
-    """The checkpoint, on the CPU. OSError if it is missing, damaged, or one of other settings."""
+def save(saved, path):
+    """Write the file and rename it once it is complete: a kill or a full disk leaves the earlier one."""
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(buffer.getbuffer())
+    os.replace(f"{path}.tmp", path)
+
+
+def read(path):
+    """The contents of ddpm.pt or checkpoint.pt. OSError if it is missing, damaged or another script's."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        saved = dict(checkpoint["settings"])
-    except FileNotFoundError:
-        raise OSError(f"there is no {path} to resume: train without --resume") from None
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["script"] != "ddpm":
+            raise ValueError(saved["script"])
+    except OSError:
+        raise
     except Exception as error:  # a foreign file can fail in any way
-        raise OSError(f"{path} is damaged, or no checkpoint: train without --resume") from error
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            option = "--" + name.replace("_", "-")
-            raise OSError(
-                f"{path} was made with {option} {saved.get(name)}, not {value}: it can't be resumed so"
-            )
-    return checkpoint
+        raise OSError(f"{path} is damaged, or not a model of ddpm.py") from error
+    return saved
 
 
-def plot_samples(ddpm, test_loader, args):
-    """The report's figure 4: a digit's way to noise, noise's way to digits, and a sheet of samples."""
-    how = {"sampler": args.sampler, "steps": args.sample_steps, "eta": args.eta, "guidance": args.guidance}
+def load(path, device="cpu"):
+    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model. OSError."""
+    saved = read(path)
+    ddpm = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
+    guide = copy.deepcopy(ddpm.model)
+    ddpm.model.load_state_dict(saved["ema"])
+    guide.load_state_dict(saved["guide"])
+    ddpm.losses, ddpm.seconds = saved["losses"], saved["seconds"]
+    return ddpm, guide
 
-    times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(args.device)
-    x0 = 2.0 * next(iter(test_loader))[0][:1].to(args.device) - 1.0
+
+# ---- The figures and the command line
+
+
+def plot_samples(ddpm, guide, test_loader, args):
+    """Draw the report's figure 4: a digit's way to noise, the way back to digits, and 64 samples."""
+    times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(ddpm.device)
+    x0 = 2.0 * next(iter(test_loader))[0][:1].to(ddpm.device) - 1.0
     x_t = ddpm.forward_process(x0.expand(10, -1, -1, -1), times)
     fig = common.plot_images((x_t + 1) / 2, 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
     for ax, t in zip(fig.axes, times.tolist()):
         ax.set_title(f"t={t}", fontsize=9)
     common.save_figure(fig, args.save_dir, "noising.png")
 
-    history = []
-    ddpm.sample(6, history=history, **how)
-    stages = torch.linspace(0, len(history) - 1, 10).round().long().tolist()
-    images = torch.stack([history[i] for i in stages], dim=1).flatten(0, 1)  # (6 * 10, 1, 28, 28)
+    xs = sample_fast(ddpm, guide, 6, args.steps, args.guidance)
+    stages = torch.linspace(0, len(xs) - 1, 10).round().long().tolist()
+    images = torch.stack([xs[i] for i in stages], dim=1).flatten(0, 1)  # (6 * 10, 1, 28, 28)
     fig = common.plot_images((images + 1) / 2, 6, 10, (10, 6.3), "Évolution du bruit vers le chiffre")
     common.save_figure(fig, args.save_dir, "denoising.png")
 
-    images = ddpm.sample(64, **how)
-    fig = common.plot_images(images, 8, 8, (8, 8), "Exemples de chiffres MNIST générés par le modèle DDPM")
-    common.save_figure(fig, args.save_dir, "samples.png")
+    def sample(n):
+        if args.sampler == "ddpm":
+            return ddpm.sample(n)
+        return (sample_fast(ddpm, guide, n, args.steps, args.guidance)[-1].clamp(-1, 1) + 1) / 2
+
+    title = "Exemples de chiffres MNIST générés par le modèle DDPM"
+    common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
 
     if args.num_samples:
-        counts = [len(chunk) for chunk in torch.arange(args.num_samples).split(500)]
-        images = torch.cat([ddpm.sample(n, **how).cpu() for n in counts])
+        batches = torch.arange(args.num_samples).split(500)
         path = os.path.join(args.save_dir, "samples.npy")
-        with common.replacing(path) as tmp, open(tmp, "wb") as f:
-            np.save(f, images.numpy())
+        np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
         print(f"Samples saved: {path}")
 
 
+def has_bf16(device):
+    """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+
+
 def parse_args(argv=None):
-    parser = common.ArgumentParser(description="Train the report's DDPM and draw its figures.")
+    parser = argparse.ArgumentParser(
+        description="Train the report's DDPM and draw its figures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add = parser.add_argument
-    add("--epochs", type=common.positive_int, default=12, help="passes over the training images")
-    add("--batch-size", type=common.positive_int, default=128, help="images in a step")
-    add("--lr", type=common.positive_float, default=3e-3, help="peak learning rate")
-    add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
-    add("--timesteps", type=common.positive_int, default=1000, help="steps from an image to noise")
-    add("--predict", choices=["v", "noise"], default="v", help="what the network is to predict")
-    sampler = "dpm++ is ddim of the second order; ddpm takes all the steps"
-    add("--sampler", choices=["dpm++", "ddim", "ddpm"], default="dpm++", help=sampler)
-    add("--sample-steps", type=common.positive_int, default=30, help="steps of dpm++ and ddim")
-    add("--eta", type=common.nonnegative_float, default=1.0, help="their noise: none at 0, the ddpm's at 1")
-    guidance = "how far they go beyond a network of less training: 1 is none"
-    add("--guidance", type=common.nonnegative_float, default=1.5, help=guidance)
-    add("--num-samples", type=common.positive_int, metavar="N", help="write N samples to samples.npy too")
-    precision = "bf16 is faster where the hardware has it; auto takes it there"
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
-    add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
+    add("--epochs", type=int, default=12, help="passes over the training images")
+    add("--batch-size", type=int, default=128, help="images per step")
+    add("--lr", type=float, default=3e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
+    add("--timesteps", type=int, default=1000, help="steps from an image to noise")
+    add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
+    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm is the report's")
+    add("--steps", type=int, default=30, help="steps of the fast sampler")
+    add("--guidance", type=float, default=1.5, help="guidance of the fast sampler; 1 means none")
+    add("--num-samples", type=int, metavar="N", help="write N samples to samples.npy, too")
+    add("--device", default=device, help="a torch device")
+    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
     add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/ddpm", help="where the model and the figures go")
-    add("--limit", type=common.positive_int, default=60000, metavar="N", help="train on the first N images")
+    add("--save-dir", default="results/ddpm", help="where the model and the figures are put")
+    add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on from the last epoch's checkpoint")
-    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
+    mode.add_argument("--resume", action="store_true", help="go on from checkpoint.pt, after the last epoch")
+    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
     args = parser.parse_args(argv)
-    if args.sampler != "ddpm" and args.sample_steps > args.timesteps:
-        parser.error(
-            f"argument --sample-steps: takes 1 to --timesteps ({args.timesteps}), not {args.sample_steps}"
-        )
-    for name, most in ("eta", 1), ("guidance", 100):
-        if getattr(args, name) > most:
-            parser.error(f"argument --{name}: takes a number from 0 to {most}, not {getattr(args, name)}")
-    common.check_precision(parser, args)
+
+    for option, valid, takes in (
+        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
+        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
+        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("--timesteps", args.timesteps >= 2, "a whole number from 2 on"),
+        ("--steps", 1 <= args.steps and (args.load or args.steps <= args.timesteps), "1 to --timesteps"),
+        ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
+        ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number from 1 on"),
+        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+    ):
+        if not valid:
+            parser.error(f"argument {option}: takes {takes}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch has several types for it
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
+    if args.precision == "bf16" and not has_bf16(args.device):
+        parser.error(f"argument --precision: takes auto or fp32 here, {args.device} has no bfloat16")
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(args.device) else "fp32"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_writable(args.save_dir)
-    torch.manual_seed(args.seed)
-    if args.load:
-        models, config = common.load_model(args.load, "ddpm", lambda timesteps, predict: build_models())
-        args.timesteps, args.predict = config["timesteps"], config["predict"]
-        if args.sampler != "ddpm" and args.sample_steps > args.timesteps:
-            raise OSError(f"--sample-steps {args.sample_steps}: {args.load} has {args.timesteps} time steps")
-    else:
-        models = build_models()
-    models.to(args.device)
+    common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-
-    print(f"DDPM on {args.device}: {sum(p.numel() for p in models['model'].parameters()):,} parameters")
-    ddpm = DDPM(
-        models["model"],
-        args.timesteps,
-        device=args.device,
-        bf16=args.precision == "bf16",
-        predict=args.predict,
-        weak=models["weak"],
-    )
     if not args.load:
-        fit(ddpm, train_loader, args)
-        path = os.path.join(args.save_dir, "ddpm.pt")
-        common.save_model(path, "ddpm", {"timesteps": args.timesteps, "predict": args.predict}, models)
-        print(f"Model saved: {path}")
+        train_ddpm(args, train_loader)
+    ddpm, guide = load(args.load or os.path.join(args.save_dir, "ddpm.pt"), args.device)
+    if args.steps > ddpm.timesteps:
+        raise OSError(f"{args.load} has {ddpm.timesteps} time steps: give --steps as many, or fewer")
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
-    print(f"Held-out loss: {evaluate(ddpm, test_loader):.4f}")
-    plot_samples(ddpm, test_loader, args)
+    with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        print(f"Held-out loss: {evaluate(ddpm, test_loader):.4f}")
+        common.plot_losses(ddpm.losses, args.save_dir)
+        plot_samples(ddpm, guide, test_loader, args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        main()
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"ddpm.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ddpm.py: interrupted; the same command with --resume goes on after the last complete epoch")

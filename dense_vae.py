@@ -3,11 +3,16 @@
     python dense_vae.py                                         train the report's model, draw its figures
     python dense_vae.py --latent-dim 2 --hidden-dims 128 256    another configuration
 
-Held-out loss, speed and the commands that gave them: README.md.
+All the options: --help.
 """
 
+import argparse
+import io
+import itertools
 import math
 import os
+import sys
+import time
 
 import torch
 import torch.nn as nn
@@ -15,12 +20,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import common
+from common import vae_loss
 
 
 class DenseEncoder(nn.Module):
     """(B, 1, 28, 28) or (B, 784) -> mu and logvar, (B, latent_dim) each (report, §2.1)."""
 
-    def __init__(self, input_dim=784, latent_dim=20, hidden_dims=[512, 256]):
+    def __init__(self, input_dim=784, latent_dim=20, hidden_dims=(512, 256)):
         super().__init__()
         self.fc_layers = nn.ModuleList()
         prev_dim = input_dim
@@ -31,7 +37,7 @@ class DenseEncoder(nn.Module):
         self.fc_logvar = nn.Linear(prev_dim, latent_dim)
 
     def forward(self, x):
-        x = x.view(x.size(0), -1)
+        x = x.view(x.size(0), -1)  # (B, 784)
         for layer in self.fc_layers:
             x = F.relu(layer(x))
         mu = self.fc_mu(x)
@@ -40,9 +46,9 @@ class DenseEncoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """z, (B, latent_dim) -> (B, 1, 28, 28) in [0, 1] (report, §2.2)."""
+    """z, (B, latent_dim) -> square images, (B, 1, 28, 28) if output_dim is 784, in [0, 1] (report, §2.2)."""
 
-    def __init__(self, latent_dim=20, output_dim=784, hidden_dims=[256, 512]):
+    def __init__(self, latent_dim=20, output_dim=784, hidden_dims=(256, 512)):
         super().__init__()
         self.fc_layers = nn.ModuleList()
         prev_dim = latent_dim
@@ -50,17 +56,19 @@ class DenseDecoder(nn.Module):
             self.fc_layers.append(nn.Linear(prev_dim, h_dim))
             prev_dim = h_dim
         self.fc_out = nn.Linear(prev_dim, output_dim)
+        self.side = math.isqrt(output_dim)  # 28
 
     def forward(self, z):
         x = z
         for layer in self.fc_layers:
             x = F.relu(layer(x))
         x = torch.sigmoid(self.fc_out(x))
-        return x.view(-1, 1, 28, 28)
+        x = x.view(x.size(0), 1, self.side, self.side)
+        return x
 
 
 class VAE(nn.Module):
-    """An encoder and a decoder joined by the reparameterization trick (report, §2.3)."""
+    """An encoder and a decoder, joined by the reparameterization trick (report, §2.3)."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -70,7 +78,8 @@ class VAE(nn.Module):
     def reparameterize(self, mu, logvar):
         std = torch.exp(0.5 * logvar)
         eps = torch.randn_like(std)
-        return mu + eps * std
+        z = mu + eps * std
+        return z
 
     def forward(self, x):
         mu, logvar = self.encoder(x)
@@ -85,12 +94,13 @@ class VAE(nn.Module):
         return self.encoder(x)
 
 
-def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None, verbose=True):
-    """Minimise vae_loss over `num_epochs` passes; a scheduler steps with each batch (report, §2.4).
+def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None):
+    """Minimise vae_loss; returns the average loss of each epoch (report, §2.4).
 
-    FloatingPointError at the end of an epoch whose loss is not finite.
+    A scheduler makes one step per batch. FloatingPointError after an epoch whose loss is not finite.
     """
     device = next(model.parameters()).device
+    losses = []
     model.train()
     for epoch in range(num_epochs):
         train_loss = torch.zeros((), device=device)
@@ -98,7 +108,7 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            loss = common.vae_loss(x_recon, x, mu, logvar, beta)
+            loss = vae_loss(x_recon, x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
             if scheduler is not None:
@@ -107,87 +117,158 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
         avg_loss = train_loss.item() / len(dataloader.dataset)
         if not math.isfinite(avg_loss):
             raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
-        if verbose:
-            print(f"Epoch [{epoch + 1}/{num_epochs}] Average loss: {avg_loss:.4f}", flush=True)
+        print(f"Epoch [{epoch + 1}/{num_epochs}] Average loss: {avg_loss:.4f}", flush=True)
+        losses.append(avg_loss)
+    return losses
 
 
-# The report's three (§2.6), by the widths of the decoder.
-ARCHITECTURES = [128, 256], [256, 512], [512, 1024]
+# ---- The report's model, its training and its study of configurations (§2.6)
+
+ARCHITECTURES = [128, 256], [256, 512], [512, 1024]  # hidden_dims of the decoder
+LATENT_DIMS = 2, 5, 10, 20, 50, 100
+OPTIONS = "latent_dim", "hidden_dims", "epochs", "batch_size", "lr", "beta", "seed", "limit"
 
 
-def build_vae(latent_dim, hidden_dims):
-    """The dense VAE whose decoder has the widths `hidden_dims`, and whose encoder mirrors them."""
+def build_vae(latent_dim=5, hidden_dims=(256, 512)):
+    """The dense VAE whose decoder has these hidden layers; its encoder has them in reverse order."""
     encoder = DenseEncoder(latent_dim=latent_dim, hidden_dims=hidden_dims[::-1])
     decoder = DenseDecoder(latent_dim=latent_dim, hidden_dims=hidden_dims)
     return VAE(encoder, decoder)
 
 
-def fit(model, train_loader, args, verbose=True):
-    """Train as the command line says: Adam under the one-cycle policy of Smith & Topin (2017).
+def fit(args, train_loader, path):
+    """Train a VAE with the options `args`, save it at `path` and return it.
 
-    The learning rate goes up to args.lr and down to 0, the momentum from 0.95 to 0.85 and back.
+    Adam under the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
+    0, the momentum falls from 0.95 to 0.85 and rises again.
     """
+    torch.manual_seed(args.seed)
+    model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"VAE on {args.device}: {parameters:,} parameters")
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
-    train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler, verbose)
+    start = time.perf_counter()
+    losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler)
+
+    saved = {"script": "dense_vae", "options": {name: getattr(args, name) for name in OPTIONS}}
+    saved |= {"seconds": time.perf_counter() - start, "losses": losses, "state_dict": model.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(buffer.getbuffer())  # a full disk stops here, and an earlier model is still there
+    os.replace(f"{path}.tmp", path)
+    print(f"Model saved: {path}")
+    return load(path).to(args.device)
+
+
+def load(path):
+    """The VAE saved at `path`, on the CPU, with the options, losses and seconds of its training. OSError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["script"] != "dense_vae":
+            raise ValueError(saved["script"])
+        model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"])
+        model.load_state_dict(saved["state_dict"])
+        model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
+    except OSError:  # there is no such file
+        raise
+    except Exception as error:  # a foreign file can fail in any way
+        raise OSError(f"{path} is damaged, or not a model of dense_vae.py") from error
+    return model
+
+
+def load_or_fit(args, train_loader, path):
+    """The model saved at `path`, trained first if it is not there. OSError if it has other options."""
+    if not os.path.exists(path):
+        return fit(args, train_loader, path)
+    model = load(path)
+    if model.options != {name: getattr(args, name) for name in OPTIONS}:
+        raise OSError(f"{path} was trained with other options: delete it, or give another --save-dir")
+    return model.to(args.device)
+
+
+def sweep(args, train_loader, test_loader):
+    """Train the report's 18 configurations, except those that are saved already; draw the results."""
+    rows, samples = [], []
+    for architecture, latent_dim in itertools.product(ARCHITECTURES, LATENT_DIMS):
+        args.hidden_dims, args.latent_dim = architecture, latent_dim
+        name = "-".join(map(str, architecture))
+        print(f"Architecture {name}, latent_dim={latent_dim}")
+        path = os.path.join(args.save_dir, f"dense_vae_{name}_latent{latent_dim}.pt")
+        model = load_or_fit(args, train_loader, path)
+
+        torch.manual_seed(args.seed)  # the held-out loss that --load finds, too
+        bce, kl = common.evaluate(model, test_loader)
+        print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
+        torch.manual_seed(args.seed)
+        samples.append(common.generate_samples(model, latent_dim, 8, args.device))
+        row = {"architecture": name, "latent_dim": latent_dim}
+        row |= {"parameters": sum(p.numel() for p in model.parameters()), "epochs": args.epochs}
+        results = {"bce": bce, "kl": kl, "loss": bce + kl, "seconds": model.seconds}
+        rows.append(row | {key: round(value, 2) for key, value in results.items()})
+    common.plot_sweep(rows, samples, args.save_dir)
 
 
 def parse_args(argv=None):
-    parser = common.ArgumentParser(description="Train the report's dense VAE and draw its figures.")
-    add = parser.add_argument
-    add("--epochs", type=common.positive_int, default=10, help="passes over the training images")
-    add("--batch-size", type=common.positive_int, default=128, help="images in a step")
-    add("--lr", type=common.positive_float, default=4e-3, help="peak learning rate")
-    add("--seed", type=common.seed, default=0, help="seed of the weights, the batches and the samples")
-    add("--latent-dim", type=common.positive_int, default=5, help="dimension of z")
-    add(
-        "--hidden-dims",
-        type=common.positive_int,
-        nargs="+",
-        default=[256, 512],
-        help="widths of the decoder's hidden layers; the encoder mirrors them",
+    parser = argparse.ArgumentParser(
+        description="Train the report's dense VAE and draw its figures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add("--beta", type=common.nonnegative_float, default=1.0, help="weight of the KL term")
-    add("--device", type=common.device, default="auto", help="auto is cuda, else mps, else cpu")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add = parser.add_argument
+    add("--epochs", type=int, default=10, help="passes over the training images")
+    add("--batch-size", type=int, default=128, help="images per step")
+    add("--lr", type=float, default=4e-3, help="highest learning rate")
+    add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
+    add("--latent-dim", type=int, default=5, help="dimension of z")
+    add("--hidden-dims", type=int, nargs="+", default=[256, 512], help="layers of the decoder")
+    add("--beta", type=float, default=1.0, help="weight of the KL term")
+    add("--device", default=device, help="a torch device")
     add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/dense_vae", help="where the model and the figures go")
-    add("--limit", type=common.positive_int, default=60000, metavar="N", help="train on the first N images")
+    add("--save-dir", default="results/dense_vae", help="where the model and the figures are put")
+    add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures from a saved model")
-    mode.add_argument("--sweep", action="store_true", help="train all 18 models of the report's study")
-    return parser.parse_args(argv)
+    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
+    mode.add_argument("--sweep", action="store_true", help="train the report's 18 configurations")
+    args = parser.parse_args(argv)
+
+    for option, valid, takes in (
+        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
+        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
+        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
+        ("--hidden-dims", min(args.hidden_dims) >= 1, "whole numbers from 1 on, such as 256 512"),
+        ("--beta", 0 <= args.beta < math.inf, "a finite number from 0 on"),
+        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+    ):
+        if not valid:
+            parser.error(f"argument {option}: takes {takes}")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch has several types for it
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_writable(args.save_dir)
-    if args.sweep:
-        common.sweep(args, "dense_vae", "hidden_dims", ARCHITECTURES, build_vae, fit)
-        return
-
-    torch.manual_seed(args.seed)
-    config = {"latent_dim": args.latent_dim, "hidden_dims": args.hidden_dims}
-    if args.load:
-        model, config = common.load_model(args.load, "dense_vae", build_vae)
-    else:
-        model = build_vae(**config)
-    latent_dim = config["latent_dim"]
-    model.to(args.device)
+    common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-
-    print(f"VAE {config} on {args.device}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    if not args.load:
-        fit(model, train_loader, args)
+    if args.sweep:
+        sweep(args, train_loader, test_loader)
+        return
+    path = os.path.join(args.save_dir, f"dense_vae_latent{args.latent_dim}.pt")
+    model = load(args.load).to(args.device) if args.load else fit(args, train_loader, path)
+    latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
     bce, kl = common.evaluate(model, test_loader)
     print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
-    if not args.load:
-        path = os.path.join(args.save_dir, f"dense_vae_latent{latent_dim}.pt")
-        common.save_model(path, "dense_vae", config, model)
-        print(f"Model saved: {path}")
-
+    common.plot_losses(model.losses, args.save_dir)
     images = common.generate_samples(model, latent_dim, device=args.device)
     common.plot_generated_images(images, latent_dim, save_dir=args.save_dir)
     common.plot_reconstructions(model, test_loader, args.device, latent_dim, args.save_dir)
@@ -196,4 +277,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run(main)
+    try:
+        main()
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"dense_vae.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("dense_vae.py: interrupted; a sweep goes on where it stopped if you start it again")
