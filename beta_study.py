@@ -3,7 +3,7 @@
     python beta_study.py                       the report's five values, and its figure 3
     python beta_study.py --betas 0 1 20        others; what is trained already is not trained again
 
-More figures of one of them: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt
+More figures of one: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt --save-dir results/beta5
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 import common
 import conv_vae
-from common import plt
+from common import plt  # after common has settled matplotlib's backend
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def active_units(means, threshold=0.01):
 
 
 def gaussian_kl(codes):
-    """KL(N(m, S) || N(0, I)), in nats, of the mean m and covariance S of the codes (n, d).
+    """KL(N(m, S) || N(0, I)), in nats, where m and S are the mean and covariance of the codes, (n, d).
 
     A lower bound of the KL between the aggregate posterior and the prior; 0 if their first two moments agree.
     """
@@ -56,19 +56,19 @@ def nearest_distance(points, codes):
 
 
 def empty_regions(prior, train_codes, test_codes):
-    """The share of the prior's samples that are remote, and these samples from the most to the least remote.
+    """The share of remote samples of the prior, and all its samples from the most to the least remote.
 
     Remote: further from the nearest training code than 99% of the test codes are. Judging samples by their
     nearest neighbours is the idea of the precision of Kynkäänniemi et al. (2019). The codes are samples of
     q(z|x), not its means: in an unused dimension all the means are 0, and every sample would be remote.
     """
-    limit = nearest_distance(test_codes, train_codes).quantile(0.99)
+    threshold = nearest_distance(test_codes, train_codes).quantile(0.99)
     distance = nearest_distance(prior, train_codes)
-    return (distance > limit).float().mean().item(), prior[distance.argsort(descending=True)]
+    return (distance > threshold).float().mean().item(), prior[distance.argsort(descending=True)]
 
 
 def measure(vae, train_loader, test_loader, latent_dim, device):
-    """The figures of a row of the table, and 10,000 prior samples from the most to the least remote."""
+    """The numbers of a row of the table, and 10,000 prior samples from the most to the least remote."""
     bce, kl = common.evaluate(vae, test_loader)
     _, train_codes = encode_dataset(vae, train_loader, device)
     test_means, test_codes = encode_dataset(vae, test_loader, device)
@@ -93,28 +93,28 @@ def parse_args(argv=None):
     add("--betas", type=float, nargs="+", default=[0.2, 0.5, 1.0, 2.0, 5.0], help="weights of the KL term")
     add("--epochs", type=int, default=10, help="passes over the training images, for each beta")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=6e-3, help="highest learning rate")
+    add("--lr", type=float, default=6e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=int, default=10, help="dimension of z")
-    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="layers of the encoder")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the encoder's layers")
     add("--device", default=device, help="a torch device")
-    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
-    add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/beta_study", help="where the models and the figures are put")
+    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", default="results/beta_study", help="folder of the models and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     args = parser.parse_args(argv)
 
     for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
-        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
+        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
-        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
-        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three, from 1 on"),
-        ("--betas", all(0 <= beta < math.inf for beta in args.betas), "finite numbers from 0 on"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
+        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three numbers >= 1"),
+        ("--betas", all(0 <= beta < math.inf for beta in args.betas), "finite numbers >= 0"),
         ("--betas", len({f"{beta:g}" for beta in args.betas}) == len(args.betas), "each value once"),
-        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+        ("--limit", args.limit >= 1, "a whole number >= 1"),
     ):
         if not valid:
             parser.error(f"argument {option}: takes {takes}")
@@ -143,7 +143,7 @@ def main(argv=None):
         path = os.path.join(args.save_dir, f"conv_vae_beta{name}.pt")
         model = conv_vae.load_or_fit(args, train_loader, path)
 
-        torch.manual_seed(args.seed)  # the held-out loss that conv_vae.py --load finds, too
+        torch.manual_seed(args.seed)  # so that conv_vae.py --load prints the same held-out loss
         values, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
         rows.append({"beta": name} | values | {"seconds": f"{model.seconds:.1f}"})
 
@@ -199,4 +199,4 @@ if __name__ == "__main__":
     except (OSError, FloatingPointError) as error:
         sys.exit(f"beta_study.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("beta_study.py: interrupted; the same command goes on with the betas that are missing")
+        sys.exit("beta_study.py: interrupted (start it again to train the missing betas)")

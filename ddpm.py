@@ -31,7 +31,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        if dim < 4 or dim % 2:
+        if dim < 4 or dim % 2:  # the listing divides by 0 for 2, and returns dim - 1 numbers if dim is odd
             raise ValueError(f"the time embedding takes an even dimension of at least 4, not {dim}")
         self.dim = dim
 
@@ -65,7 +65,7 @@ class SimpleBlock(nn.Module):
 
 
 class SimpleMNistUNet(nn.Module):
-    """x_t, (B, 1, 28, 28), and t, (B,) -> the noise in x_t, (B, 1, 28, 28) (report, annex)."""
+    """x_t, (B, 1, 28, 28), and t, (B,) -> the noise in x_t, (B, 1, 28, 28) (annex)."""
 
     def __init__(self, in_channels=1, out_channels=1, time_emb_dim=64):
         super().__init__()
@@ -125,7 +125,8 @@ class SimpleMNistUNet(nn.Module):
 class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    t runs from 0, a little noise, to timesteps - 1, noise only. Images are (B, 1, H, W) in [-1, 1].
+    t runs from 0, a little noise, to timesteps - 1, noise only: Ho et al. count from 1 and call this t + 1.
+    Images are (B, 1, H, W) in [-1, 1]. With other timesteps the betas must be scaled (see build_ddpm).
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -178,7 +179,7 @@ class DDPM:
 
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # not in the listing; keeps high rates stable
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # not in the listing: a high --lr stays stable
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
 
@@ -187,7 +188,7 @@ class DDPM:
         self.model.eval()
         with torch.no_grad():
             x = torch.randn(num_samples, 1, image_size[0], image_size[1], device=self.device)
-            for i in tqdm(reversed(range(self.timesteps)), "Génération", self.timesteps, False, disable=None):
+            for i in tqdm(range(self.timesteps)[::-1], desc="Génération", leave=False):
                 t = torch.full((num_samples,), i, device=self.device, dtype=torch.long)
                 x = self.reverse_process(x, t)
             x = torch.clamp(x, -1.0, 1.0)
@@ -202,7 +203,8 @@ class NoiseFromV(nn.Module):
     """Wraps a network that predicts v: takes x_t and t, returns the noise.
 
     v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is nearly
-    noise alone, x_t itself is nearly the answer, and an error in v counts for little.
+    noise alone, x_t itself is nearly the answer, and an error in v counts for little. The loss stays the
+    report's, on the noise.
     """
 
     def __init__(self, unet, alpha_bars):
@@ -221,9 +223,9 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 
     Each step goes from t to some s < t by the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7), which is
     a step of DDIM at eta=1 (Song et al., 2021). Its x_0 is extrapolated from the last two estimates to the
-    midpoint of the step (DPM-Solver++(2M), Lu et al., 2022).
+    midpoint of the step in log(SNR) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
     guidance > 1 extrapolates: noise = guide + guidance * (model - guide), where `guide` is the same network
-    after less training (autoguidance, Karras et al., 2024). 1 means no guidance.
+    after less training (autoguidance, Karras et al., 2024), at the middle t (Kynkäänniemi et al., 2024).
     """
     ddpm.model.eval()
     guide.eval()
@@ -234,9 +236,9 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     log_snr = [math.log(a / (1 - a)) for a in alpha_bars[:-1]]
     x, x0_last = torch.randn(num_samples, 1, 28, 28, device=ddpm.device), None
     xs = [x]
-    for i in tqdm(range(steps), "Génération", leave=False, disable=None):
+    for i in tqdm(range(steps), desc="Génération", leave=False):
         t = torch.full((num_samples,), times[i], device=ddpm.device)
-        a_t, a_s = alpha_bars[i], alpha_bars[i + 1]
+        a_t, a_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
 
         noise = ddpm.model(x, t).float()
         if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:  # where the digit takes shape
@@ -261,9 +263,9 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 
 
 def build_unet():
-    """The U-Net with the weights of He et al. (2015), which keep the size of the signal from layer to layer.
+    """The U-Net with the initialisation of He et al. (2015), which keeps the variance from layer to layer.
 
-    PyTorch's default weights shrink it in each layer, and this U-Net has no normalisation against that.
+    PyTorch's default shrinks it in each layer, and this U-Net has no normalisation against that.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
@@ -273,13 +275,13 @@ def build_unet():
         elif isinstance(module, nn.ConvTranspose2d):  # 2x2 of its 4x4 weights reach each pixel
             nn.init.normal_(module.weight, std=(module.in_channels * 4) ** -0.5)
             nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.final_conv.weight)
+    nn.init.zeros_(model.final_conv.weight)  # predicts 0 at first
     return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
 
 def build_ddpm(timesteps=1000, predict="v", device="cpu"):
     """A DDPM with an untrained U-Net that predicts "v" or "noise"; with any `timesteps`, x_T is noise."""
-    scale = 1000 / timesteps  # fewer steps must add the same noise (Nichol & Dhariwal, 2021)
+    scale = 1000 / timesteps  # as much noise in fewer steps, as in the code of Nichol & Dhariwal (2021)
     ddpm = DDPM(build_unet().to(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
     if predict == "v":
         ddpm.model = NoiseFromV(ddpm.model, ddpm.alpha_bars)
@@ -288,7 +290,7 @@ def build_ddpm(timesteps=1000, predict="v", device="cpu"):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Exponential moving average of the weights: decay 0.999, smaller during the first steps (step >= 1)."""
+    """Exponential moving average of the weights: decay 0.999, less during the first steps (step >= 1)."""
     decay = min(0.999, (1 + step) / (10 + step))
     for p_ema, p in zip(ema.parameters(), model.parameters()):
         p_ema.lerp_(p, 1 - decay)
@@ -314,8 +316,8 @@ OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 def train_ddpm(args, dataloader):
     """Train with the options `args`; leave checkpoint.pt after each epoch and ddpm.pt after the last.
 
-    Adam under the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA of the first epoch.
-    FloatingPointError after an epoch whose loss is not finite; OSError if --resume can't go on.
+    Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after one epoch.
+    Raises FloatingPointError after an epoch whose loss is not finite, OSError if the checkpoint doesn't fit.
     """
     torch.manual_seed(args.seed)
     ddpm = build_ddpm(args.timesteps, args.predict, args.device)
@@ -335,17 +337,19 @@ def train_ddpm(args, dataloader):
         saved = read(path)
         for name, value in checkpoint["options"].items():
             if saved["options"][name] != value:
-                raise OSError(f"{path} has --{name.replace('_', '-')} {saved['options'][name]}, not {value}")
+                option = f"--{name.replace('_', '-')} {saved['options'][name]}"
+                raise OSError(f"{path} was trained with {option}, not {value}: resume with the same options")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.set_rng_state(saved["rng"])
+        torch.manual_seed(args.seed + len(saved["losses"]))  # on a GPU: not the first epoch's batches again
+        torch.set_rng_state(saved["rng"])  # on a CPU: as if there had been no interruption
         checkpoint, losses, seconds = saved, saved["losses"], saved["seconds"]
-        print(f"Going on after epoch {len(losses)}")
+        print(f"Resuming after epoch {len(losses)}")
 
     for epoch in range(len(losses), args.epochs):
         start = time.perf_counter()
         train_loss = torch.zeros((), device=ddpm.device)
-        for x, _ in tqdm(dataloader, f"Epoch {epoch + 1}", leave=False, disable=None):
+        for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x0 = 2.0 * x.to(ddpm.device) - 1.0
             with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 train_loss += ddpm.train_step(x0, optimizer)
@@ -379,7 +383,7 @@ def save(saved, path):
 
 
 def read(path):
-    """The contents of ddpm.pt or checkpoint.pt. OSError if it is missing, damaged or another script's."""
+    """The contents of ddpm.pt or checkpoint.pt. Raises OSError if it is missing, damaged or foreign."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "ddpm":
@@ -392,7 +396,7 @@ def read(path):
 
 
 def load(path, device="cpu"):
-    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model. OSError."""
+    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model."""
     saved = read(path)
     ddpm = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
     guide = copy.deepcopy(ddpm.model)
@@ -406,7 +410,7 @@ def load(path, device="cpu"):
 
 
 def plot_samples(ddpm, guide, test_loader, args):
-    """Draw the report's figure 4: a digit's way to noise, the way back to digits, and 64 samples."""
+    """Draw the report's figure 4: from a digit to noise, from noise to digits (sample_fast), 64 samples."""
     times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(ddpm.device)
     x0 = 2.0 * next(iter(test_loader))[0][:1].to(ddpm.device) - 1.0
     x_t = ddpm.forward_process(x0.expand(10, -1, -1, -1), times)
@@ -453,35 +457,35 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--epochs", type=int, default=12, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=3e-3, help="highest learning rate")
+    add("--lr", type=float, default=3e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=int, default=1000, help="steps from an image to noise")
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
-    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm is the report's")
+    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm: the report's, one step per t")
     add("--steps", type=int, default=30, help="steps of the fast sampler")
     add("--guidance", type=float, default=1.5, help="guidance of the fast sampler; 1 means none")
     add("--num-samples", type=int, metavar="N", help="write N samples to samples.npy, too")
     add("--device", default=device, help="a torch device")
-    precision = "auto is bf16 where the hardware has it, about twice as fast, else fp32"
+    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
-    add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/ddpm", help="where the model and the figures are put")
+    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", default="results/ddpm", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on from checkpoint.pt, after the last epoch")
+    mode.add_argument("--resume", action="store_true", help="resume from checkpoint.pt, after its last epoch")
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
     args = parser.parse_args(argv)
 
     for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
-        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
+        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
-        ("--timesteps", args.timesteps >= 2, "a whole number from 2 on"),
+        ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
         ("--steps", 1 <= args.steps and (args.load or args.steps <= args.timesteps), "1 to --timesteps"),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
-        ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number from 1 on"),
-        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+        ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
+        ("--limit", args.limit >= 1, "a whole number >= 1"),
     ):
         if not valid:
             parser.error(f"argument {option}: takes {takes}")
@@ -505,7 +509,7 @@ def main(argv=None):
         train_ddpm(args, train_loader)
     ddpm, guide = load(args.load or os.path.join(args.save_dir, "ddpm.pt"), args.device)
     if args.steps > ddpm.timesteps:
-        raise OSError(f"{args.load} has {ddpm.timesteps} time steps: give --steps as many, or fewer")
+        raise OSError(f"{args.load} has {ddpm.timesteps} time steps: give --steps {ddpm.timesteps} or fewer")
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
     with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
@@ -520,4 +524,4 @@ if __name__ == "__main__":
     except (OSError, FloatingPointError) as error:
         sys.exit(f"ddpm.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("ddpm.py: interrupted; the same command with --resume goes on after the last complete epoch")
+        sys.exit("ddpm.py: interrupted (training continues after its last complete epoch with --resume)")

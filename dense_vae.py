@@ -56,7 +56,7 @@ class DenseDecoder(nn.Module):
             self.fc_layers.append(nn.Linear(prev_dim, h_dim))
             prev_dim = h_dim
         self.fc_out = nn.Linear(prev_dim, output_dim)
-        self.side = math.isqrt(output_dim)  # 28
+        self.side = math.isqrt(output_dim)  # 28 in the listing, which cuts up images of another size
 
     def forward(self, z):
         x = z
@@ -97,14 +97,14 @@ class VAE(nn.Module):
 def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=None):
     """Minimise vae_loss; returns the average loss of each epoch (report, §2.4).
 
-    A scheduler makes one step per batch. FloatingPointError after an epoch whose loss is not finite.
+    A scheduler makes one step per batch. Raises FloatingPointError after an epoch whose loss is not finite.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device  # global in the listing
     losses = []
     model.train()
     for epoch in range(num_epochs):
         train_loss = torch.zeros((), device=device)
-        for x, _ in tqdm(dataloader, f"Epoch {epoch + 1}", leave=False, disable=None):
+        for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
@@ -139,8 +139,8 @@ def build_vae(latent_dim=5, hidden_dims=(256, 512)):
 def fit(args, train_loader, path):
     """Train a VAE with the options `args`, save it at `path` and return it.
 
-    Adam under the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
-    0, the momentum falls from 0.95 to 0.85 and rises again.
+    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
+    almost 0, the momentum falls from 0.95 to 0.85 and rises again.
     """
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)
@@ -157,14 +157,17 @@ def fit(args, train_loader, path):
     buffer = io.BytesIO()
     torch.save(saved, buffer)
     with open(f"{path}.tmp", "wb") as f:
-        f.write(buffer.getbuffer())  # a full disk stops here, and an earlier model is still there
+        f.write(buffer.getbuffer())  # an OSError on a full disk; an earlier model stays as it was
     os.replace(f"{path}.tmp", path)
     print(f"Model saved: {path}")
     return load(path).to(args.device)
 
 
 def load(path):
-    """The VAE saved at `path`, on the CPU, with the options, losses and seconds of its training. OSError."""
+    """The VAE saved at `path`, on the CPU, with its training's options, losses and seconds.
+
+    Raises OSError if the file is missing, damaged or another script's.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "dense_vae":
@@ -180,7 +183,10 @@ def load(path):
 
 
 def load_or_fit(args, train_loader, path):
-    """The model saved at `path`, trained first if it is not there. OSError if it has other options."""
+    """The model saved at `path`, trained first if it is not there.
+
+    Raises OSError if it was trained with other options.
+    """
     if not os.path.exists(path):
         return fit(args, train_loader, path)
     model = load(path)
@@ -199,10 +205,10 @@ def sweep(args, train_loader, test_loader):
         path = os.path.join(args.save_dir, f"dense_vae_{name}_latent{latent_dim}.pt")
         model = load_or_fit(args, train_loader, path)
 
-        torch.manual_seed(args.seed)  # the held-out loss that --load finds, too
+        torch.manual_seed(args.seed)  # so that --load prints the same held-out loss
         bce, kl = common.evaluate(model, test_loader)
         print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the same z for every architecture
         samples.append(common.generate_samples(model, latent_dim, 8, args.device))
         row = {"architecture": name, "latent_dim": latent_dim}
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "epochs": args.epochs}
@@ -220,14 +226,14 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--batch-size", type=int, default=128, help="images per step")
-    add("--lr", type=float, default=4e-3, help="highest learning rate")
+    add("--lr", type=float, default=4e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=int, default=5, help="dimension of z")
-    add("--hidden-dims", type=int, nargs="+", default=[256, 512], help="layers of the decoder")
+    add("--hidden-dims", type=int, nargs="+", default=[256, 512], help="hidden layers of the decoder")
     add("--beta", type=float, default=1.0, help="weight of the KL term")
     add("--device", default=device, help="a torch device")
-    add("--data-dir", default="data", help="where MNIST is, or is put")
-    add("--save-dir", default="results/dense_vae", help="where the model and the figures are put")
+    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", default="results/dense_vae", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
@@ -235,14 +241,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number from 1 on"),
-        ("--batch-size", args.batch_size >= 1, "a whole number from 1 on"),
+        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
+        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
-        ("--latent-dim", args.latent_dim >= 1, "a whole number from 1 on"),
-        ("--hidden-dims", min(args.hidden_dims) >= 1, "whole numbers from 1 on, such as 256 512"),
-        ("--beta", 0 <= args.beta < math.inf, "a finite number from 0 on"),
-        ("--limit", args.limit >= 1, "a whole number from 1 on"),
+        ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
+        ("--hidden-dims", min(args.hidden_dims) >= 1, "whole numbers >= 1, such as 256 512"),
+        ("--beta", 0 <= args.beta < math.inf, "a finite number >= 0"),
+        ("--limit", args.limit >= 1, "a whole number >= 1"),
     ):
         if not valid:
             parser.error(f"argument {option}: takes {takes}")
@@ -282,4 +288,4 @@ if __name__ == "__main__":
     except (OSError, FloatingPointError) as error:
         sys.exit(f"dense_vae.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("dense_vae.py: interrupted; a sweep goes on where it stopped if you start it again")
+        sys.exit("dense_vae.py: interrupted (start a --sweep again to train what is missing)")

@@ -1,71 +1,36 @@
-"""Our loader, training loops and sampler against the report's, in one run, alternating; prints the ratios.
+"""The loader, the training loops and the sampler against the report's: alternating, in one run, as ratios.
 
-python benchmarks/speed.py            all of it, ten minutes on two cores
+python benchmarks/speed.py            all of it, some ten minutes on two cores
 python benchmarks/speed.py loader     or dense, conv, ddpm, sampler
 """
 
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 
 import torch
 import torch.nn.functional as F
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import common  # noqa: E402
-import conv_vae  # noqa: E402
-import ddpm  # noqa: E402
-import dense_vae  # noqa: E402
-
-# What is timed, and how: the first way is the report's.
-WAYS = {
-    "loader": ["plain", "fp32"],  # one pass over the training images
-    "dense": ["plain", "fp32"],  # one epoch
-    "conv": ["plain", "fp32", "auto"],
-    "ddpm": ["plain", "fp32", "auto"],  # 30 steps
-    "sampler": ["ddpm", "ddim"],  # 16 images in 1000 steps, in 50
-}
+import common
+import conv_vae
+import ddpm
+import dense_vae
 
 
-def time_loader(args, way):
-    loader = make_loader(args, way)
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - start
+def report_loader(args):
+    return DataLoader(MNIST(args.data_dir, transform=ToTensor()), batch_size=128, shuffle=True)
 
 
-def make_loader(args, way):
-    if way == "plain":
-        return DataLoader(MNIST(args.data_dir, transform=ToTensor()), batch_size=128, shuffle=True)
-    return common.load_mnist(args.data_dir, 128, args.device)[0]
-
-
-def time_vae(args, way, script, config):
-    loader = make_loader(args, way)
-    model = script.build_vae(**config).to(args.device)
-    if way == "plain":
-        model.to(memory_format=torch.contiguous_format)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        start = time.perf_counter()
-        report_epoch(model, loader, optimizer, args.device)
-    else:
-        options = ["--epochs", "1", "--device", str(args.device)]
-        options += ["--precision", way] if script is conv_vae else []
-        options = script.parse_args(options)
-        start = time.perf_counter()
-        script.fit(model, loader, options, verbose=False)
-    return time.perf_counter() - start
-
-
-def report_epoch(model, dataloader, optimizer, device):
-    """An epoch of the report's listing (§2.4), with its loss."""
+def report_train_vae(model, dataloader, optimizer, device):
+    """One epoch of the report's listing (§2.4)."""
     model.train()
     train_loss = 0
     for x, _ in dataloader:
@@ -80,81 +45,101 @@ def report_epoch(model, dataloader, optimizer, device):
         train_loss += loss.item()
 
 
-def time_ddpm(args, way):
-    """Steps of training; the annex's is float32, in the usual memory format, and reads each loss."""
-    model = ddpm.build_unet().to(args.device)
-    if way == "plain":
-        model.to(memory_format=torch.contiguous_format)
-    options = ddpm.parse_args(
-        ["--device", str(args.device), "--precision", "fp32" if way == "plain" else way]
-    )
-    process = ddpm.DDPM(model, device=args.device, bf16=options.precision == "bf16")
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, fused=way != "plain")
-    loader, _ = common.load_mnist(args.data_dir, 128, args.device, limit=32 * 128)
+def report_train_step(process, x0, optimizer):
+    """The annex's train_step, with the gradients cleared."""
+    process.model.train()
+    t = torch.randint(0, process.timesteps, (x0.shape[0],), device=process.device)
+    noise = torch.randn_like(x0)
+    x_t = process.forward_process(x0, t, noise)
+    pred_noise = process.model(x_t, t)
+    loss = F.mse_loss(pred_noise, noise)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
+
+def time_loader(args, way):
+    """Seconds of one pass over the training images."""
+    loader = report_loader(args) if way == "report" else common.load_mnist(args.data_dir)[0]
+    start = time.perf_counter()
+    for _ in loader:
+        pass
+    return time.perf_counter() - start
+
+
+def time_vae(args, way, script):
+    """Seconds of one epoch."""
+    model = script.build_vae().to(args.device)
+    if way == "report":
+        model.to(memory_format=torch.contiguous_format)
+        loader, optimizer = report_loader(args), Adam(model.parameters(), lr=1e-3)
+        start = time.perf_counter()
+        report_train_vae(model, loader, optimizer, args.device)
+        return time.perf_counter() - start
+    loader, _ = common.load_mnist(args.data_dir, device=args.device)
+    optimizer = Adam(model.parameters(), lr=4e-3, betas=(0.9, 0.99), fused=True)
+    scheduler = OneCycleLR(optimizer, max_lr=4e-3, total_steps=len(loader))
+    options = {"bf16": True} if way == "bf16" else {}
+    start = time.perf_counter()
+    script.train_vae(model, loader, optimizer, 1, scheduler=scheduler, **options)
+    return time.perf_counter() - start
+
+
+def time_ddpm(args, way):
+    """Seconds of 30 training steps; the report's are float32 in PyTorch's usual memory layout."""
+    process = ddpm.build_ddpm(device=args.device)
+    if way == "report":
+        process.model = process.model.unet.to(memory_format=torch.contiguous_format)
+    optimizer = Adam(process.model.parameters(), lr=1e-3, fused=way != "report")
+    train_step = report_train_step if way == "report" else ddpm.DDPM.train_step
+    loader, _ = common.load_mnist(args.data_dir, device=args.device, limit=32 * 128)
     for i, (x, _) in enumerate(loader):
-        if i == 2:
+        if i == 2:  # after a warm-up
             start = time.perf_counter()
-        x0 = 2 * x - 1
-        if way == "plain":
-            t = torch.randint(0, 1000, (len(x0),), device=args.device)
-            noise = torch.randn_like(x0)
-            optimizer.zero_grad()
-            loss = F.mse_loss(model(process.forward_process(x0, t, noise), t), noise)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        else:
-            loss = process.train_step(x0, optimizer)
-    loss.item()
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=way == "bf16"):
+            loss = train_step(process, 2 * x - 1, optimizer)
+    float(loss)
     return time.perf_counter() - start
 
 
 def time_sampler(args, way):
-    process = ddpm.DDPM(ddpm.build_unet().to(args.device), device=args.device)
-    process.sample(16, sampler="ddim", steps=2)
+    """Seconds of 16 images by the report's 1000 steps, or by 30."""
+    process = ddpm.build_ddpm(device=args.device)
     start = time.perf_counter()
-    process.sample(16, sampler=way, steps=50).cpu()
+    images = process.sample(16) if way == "report" else ddpm.sample_fast(process, process.model, 16)[-1]
+    images.cpu()
     return time.perf_counter() - start
-
-
-def measure(args, what, way):
-    """Seconds that one way takes."""
-    if way != "plain":
-        common.keep_freed_memory()  # as common.run does
-    if what == "loader":
-        return time_loader(args, way)
-    if what == "dense":
-        return time_vae(args, way, dense_vae, {"latent_dim": 5, "hidden_dims": [256, 512]})
-    if what == "conv":
-        return time_vae(args, way, conv_vae, {"latent_dim": 10, "channels": [32, 64, 128]})
-    return time_ddpm(args, way) if what == "ddpm" else time_sampler(args, way)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="*", default=list(WAYS))
+    parser.add_argument("what", nargs="*", default=["loader", "dense", "conv", "ddpm", "sampler"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", type=common.device, default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # one measurement, in a process of its own
     args = parser.parse_args()
-    common.load_mnist(args.data_dir)
-    if args.one:
-        print(measure(args, args.what[0], args.one))
-        return
+    common.load_mnist(args.data_dir)  # there before the first measurement
 
     for what in args.what:
-        ratios = []
-        command = [sys.executable, __file__, what, "--data-dir", args.data_dir, "--device", str(args.device)]
+        ways = ["report", "fp32"]
+        if what in ("conv", "ddpm") and conv_vae.has_bf16(args.device):
+            ways.append("bf16")
+        ratios = {way: [] for way in ways[1:]}
         for _ in range(args.rounds):
-            outputs = [subprocess.check_output([*command, "--one", way], text=True) for way in WAYS[what]]
-            seconds = [float(output.split()[-1]) for output in outputs]
-            ratios.append([seconds[0] / s for s in seconds[1:]])
-            print(f"{what}: {', '.join(f'{w} {s:.2f} s' for w, s in zip(WAYS[what], seconds))}", flush=True)
-        for way, column in zip(WAYS[what][1:], zip(*ratios)):
-            spread = f"{min(column):.2f} to {max(column):.2f}"
-            print(f"{what}, {way}: {statistics.median(column):.2f} times as fast ({spread})", flush=True)
+            seconds = {}
+            for way in ways:
+                if what in ("dense", "conv"):
+                    seconds[way] = time_vae(args, way, dense_vae if what == "dense" else conv_vae)
+                else:
+                    measure = {"loader": time_loader, "ddpm": time_ddpm, "sampler": time_sampler}[what]
+                    seconds[way] = measure(args, way)
+            print(f"{what}: {', '.join(f'{way} {s:.2f} s' for way, s in seconds.items())}", flush=True)
+            for way in ways[1:]:
+                ratios[way].append(seconds["report"] / seconds[way])
+        for way, values in ratios.items():
+            spread = f"{min(values):.2f} to {max(values):.2f}"
+            print(f"{what}, {way}: {statistics.median(values):.2f} times as fast ({spread})", flush=True)
 
 
 if __name__ == "__main__":
