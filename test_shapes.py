@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from unittest import mock
 
 import numpy as np
@@ -23,6 +22,10 @@ import common
 import conv_vae
 import ddpm
 import dense_vae
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, "benchmarks"))
+import compare  # noqa: E402
 
 VAES = dense_vae, conv_vae
 DIGITS, LABELS = load_digits(return_X_y=True)
@@ -46,23 +49,16 @@ def small_mnist(n_train=300, n_test=50):
         yield folder
 
 
-def run(function, *args, **kwargs):
-    """(result, what it printed). A list stands for a command line, whose words may be numbers."""
+def run(function, *args, error=(), **kwargs):
+    """(result, printed text), or the message of the `error` that must be raised; lists are command lines."""
     args = [[str(word) for word in arg] if isinstance(arg, list) else arg for arg in args]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        return function(*args, **kwargs), out.getvalue()
-
-
-def error_of(expected, function, *args):
-    """The message of the error that the call must raise, and what was printed."""
-    with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            args = [[str(word) for word in arg] if isinstance(arg, list) else arg for arg in args]
-            with contextlib.redirect_stdout(err):
-                function(*args)
-        except expected as error:
-            return f"{error} {err.getvalue()}"
-    raise AssertionError(f"{function} did not raise {expected.__name__}")
+            result = function(*args, **kwargs), out.getvalue()
+        except error as raised:
+            return f"{raised} {out.getvalue()}"
+    assert error == (), f"{function} did not raise {error}"
+    return result
 
 
 def count(model):
@@ -99,12 +95,12 @@ def test_shapes():
                 assert 0 <= x_recon.min() and x_recon.max() <= 1
     encoder, decoder = dense_vae.DenseEncoder(1024, 3, []), dense_vae.DenseDecoder(3, 1024, [8])
     assert dense_vae.VAE(encoder, decoder)(torch.rand(3, 1, 32, 32))[0].shape == (3, 1, 32, 32)
-    error_of(RuntimeError, dense_vae.DenseDecoder(3, 2 * 784), torch.randn(4, 3))  # no 8 images out of 4 z
+    run(dense_vae.DenseDecoder(3, 2 * 784), torch.randn(4, 3), error=RuntimeError)  # no 8 images out of 4 z
 
     unet, t = ddpm.SimpleMNistUNet(3, 2, time_emb_dim=8), torch.tensor([0, 999])
     assert unet(torch.randn(2, 3, 28, 28), t).shape == (2, 2, 28, 28)
     for dim in 2, 7:
-        error_of(ValueError, ddpm.SimpleMNistUNet, 1, 1, dim)
+        run(ddpm.SimpleMNistUNet, 1, 1, dim, error=ValueError)
     by_hand = [[f(k * 10000 ** (-i / 3)) for f in (np.sin, np.cos) for i in range(4)] for k in t.tolist()]
     embeddings = ddpm.SinusoidalPositionEmbeddings(8)(t)
     torch.testing.assert_close(embeddings, torch.tensor(by_hand).float(), atol=1e-4, rtol=0)
@@ -137,8 +133,8 @@ def test_train_vae():
         assert sum(common.evaluate(model, loader)) < 0.8 * before
         assert len(losses) == 4 and f"Epoch [4/4] Average loss: {losses[3]:.4f}" in out
         model.encoder.fc_mu.bias.data.fill_(float("nan"))
-        assert "--lr" in error_of(FloatingPointError, common.evaluate, model, loader)
-        assert "--lr" in error_of(FloatingPointError, script.train_vae, model, loader, optimizer)
+        assert "--lr" in run(common.evaluate, model, loader, error=FloatingPointError)
+        assert "--lr" in run(script.train_vae, model, loader, optimizer, error=FloatingPointError)
 
 
 # ---- The loss and the data
@@ -183,11 +179,11 @@ def test_no_data():
     with small_mnist() as folder:
         with open(f"{folder}/MNIST/raw/train-images-idx3-ubyte", "r+b") as f:
             f.truncate(1000)
-        assert f"delete the folder {folder}" in error_of(OSError, common.load_mnist, folder)
+        assert f"delete the folder {folder}" in run(common.load_mnist, folder, error=OSError)
         os.remove(f"{folder}/MNIST/raw/train-images-idx3-ubyte")
         with mock.patch.object(common.MNIST, "download", side_effect=RuntimeError):
             with mock.patch("subprocess.run", return_value=mock.Mock(returncode=1)):
-                assert "put its four files in" in error_of(OSError, common.load_mnist, folder)
+                assert "put its four files in" in run(common.load_mnist, folder, error=OSError)
 
 
 def test_figures():
@@ -222,6 +218,20 @@ def test_measures_of_the_beta_study():
     prior = torch.cat([torch.rand(300, 2) - 0.5, torch.tensor([[9.0, 0.0]]), torch.rand(100, 2) + 3])
     share, remote = beta_study.empty_regions(prior, *square)
     assert abs(share - 101 / 401) < 0.03 and torch.equal(remote[0], prior[300])
+
+
+def test_measures_of_the_comparison():
+    torch.manual_seed(0)
+    a = torch.randn(200_000, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, 0.0])
+    b = torch.randn(200_000, 3) * torch.tensor([2.0, 2.0, 1.0])
+    assert abs(compare.frechet(a, b) - (1.0 + 1.0 + 0.25)) < 0.05  # |m_a - m_b|^2 + sum of (s_a - s_b)^2
+    assert abs(compare.frechet(a, a)) < 1e-6
+
+    square = torch.rand(2000, 2)
+    assert compare.precision_recall(square, square) == (1.0, 1.0)
+    assert compare.precision_recall(square, square + 5) == (0.0, 0.0)
+    precision, recall = compare.precision_recall(square, torch.rand(2000, 2) * 0.5)  # a quarter of the square
+    assert precision > 0.9 and 0.2 < recall < 0.35, (precision, recall)
 
 
 # ---- The diffusion
@@ -388,7 +398,6 @@ def test_ema():
 
 def test_command_lines():
     """A short run of each script as the user makes it, where MPLBACKEND names a module that is not there."""
-    here = os.path.dirname(os.path.abspath(__file__))
     names = "images_gen_latent2", "reconstructions_latent2", "interpolation_latent2", "latent_space_latent2"
     with small_mnist() as folder:
         running, held_out = {}, {}
@@ -396,14 +405,14 @@ def test_command_lines():
             (dense_vae, ["--latent-dim", 2], ["dense_vae_latent2.pt", *(f"{name}.png" for name in names)]),
             (conv_vae, ["--latent-dim", 2], ["conv_vae_latent2.pt", *(f"{name}.png" for name in names)]),
             (beta_study, ["--betas", 1], ["conv_vae_beta1.pt", "beta_study.csv", "beta_study.png"]),
-            (ddpm, ["--steps", 2, "--num-samples", 3], ["ddpm.pt", "denoising.png", "samples.npy"]),
+            (ddpm, ["--timesteps", 20, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
         ):
             name = script.__name__
             command = [sys.executable, f"{name}.py", "--data-dir", folder, "--save-dir", f"{folder}/{name}"]
             command += map(str, ["--epochs", 1, "--device", "cpu", *options])
             env = os.environ | {"MPLBACKEND": "module://missing.backend_inline"}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            running[name] = subprocess.Popen(command, cwd=here, env=env, text=True, **pipes), files
+            running[name] = subprocess.Popen(command, cwd=HERE, env=env, text=True, **pipes), files
         for name, (process, files) in running.items():
             out, _ = process.communicate()
             assert process.returncode == 0 and "Epoch [1/1] Average loss: " in out, out
@@ -416,7 +425,16 @@ def test_command_lines():
         _, again = run(dense_vae.main, [*load, path])
         assert held_out["dense_vae"] in again
         for script in conv_vae, ddpm:
-            assert "not a model" in error_of(OSError, script.main, [*load, path])
+            assert "not a model" in run(script.main, [*load, path], error=OSError)
+
+        options = [*load[:2], "--device", "cpu", "--num-samples", 100, "--save-dir", f"{folder}/compare"]
+        _, out = run(compare.main, [path, f"{folder}/ddpm/ddpm.pt", f"{folder}/ddpm/samples.npy", *options])
+        assert out.count("linear probe") == 3 * 7 + 1
+        names = "compare.csv", "compare.png", "quality_cost.png", "representations.png", "latent_spaces.png"
+        assert set(names) <= set(os.listdir(f"{folder}/compare"))
+        np.save(f"{folder}/flat.npy", np.zeros((200, 784)))
+        for name in "flat.npy", "missing.pt", "compare/compare.csv":
+            assert name in run(compare.main, [f"{folder}/{name}", *options], error=OSError)
 
 
 def test_bad_options():
@@ -432,35 +450,30 @@ def test_bad_options():
         (ddpm, "--steps", 1001),
         (ddpm, "--guidance", "nan"),
     ):
-        message = error_of(SystemExit, script.parse_args, [option, *values])
+        message = run(script.parse_args, [option, *values], error=SystemExit)
         assert f"argument {option}: " in message and "usage: " in message
         assert "--device cpu" in message or option != "--device"
     with mock.patch.object(torch, "cpu", None):  # an older torch
         assert conv_vae.parse_args(["--device", "cpu"]).precision == "fp32"
 
 
-def test_bad_files():
+def test_bad_files_and_failing_runs():
     with small_mnist() as folder:
         torch.save([1, 2], f"{folder}/list")
         with open(f"{folder}/zip", "wb") as f:
             f.write(b"PK\3\4 cut short")
+        argv = ["--data-dir", folder, "--device", "cpu", "--epochs", 1, "--batch-size", 10, "--save-dir"]
         for script in dense_vae, ddpm:
-            argv = ["--data-dir", folder, "--device", "cpu", "--save-dir"]
             for name in "list", "zip", "missing", "MNIST":
-                assert name in error_of(OSError, script.main, [*argv, folder, "--load", f"{folder}/{name}"])
-            assert "--save-dir" in error_of(OSError, script.main, [*argv, f"{folder}/zip"])
+                assert name in run(script.main, [*argv, folder, "--load", f"{folder}/{name}"], error=OSError)
+            assert "--save-dir" in run(script.main, [*argv, f"{folder}/zip"], error=OSError)
 
-
-def test_failing_run_leaves_the_earlier_model():
-    with small_mnist() as folder:
-        argv = ["--epochs", 1, "--latent-dim", 2, "--device", "cpu", "--batch-size", 10, "--data-dir", folder]
-        argv += ["--save-dir", f"{folder}/out"]
-        run(dense_vae.main, argv)
-        before = dense_vae.load(f"{folder}/out/dense_vae_latent2.pt").state_dict()
-        error_of(FloatingPointError, dense_vae.main, [*argv, "--lr", 1e6])
+        run(dense_vae.main, [*argv, folder, "--latent-dim", 2])
+        before = dense_vae.load(f"{folder}/dense_vae_latent2.pt").state_dict()
+        run(dense_vae.main, [*argv, folder, "--latent-dim", 2, "--lr", 1e6], error=FloatingPointError)
         with mock.patch("os.replace", side_effect=OSError("no space left")):
-            error_of(OSError, dense_vae.main, [*argv, "--seed", 1])
-        after = dense_vae.load(f"{folder}/out/dense_vae_latent2.pt").state_dict()
+            run(dense_vae.main, [*argv, folder, "--latent-dim", 2, "--seed", 1], error=OSError)
+        after = dense_vae.load(f"{folder}/dense_vae_latent2.pt").state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -477,13 +490,13 @@ def test_sweep_and_beta_study_train_nothing_twice():
             tables = []
             with patches, mock.patch.object(vae, "train_vae", wraps=vae.train_vae) as train:
                 train.side_effect = mock.DEFAULT, KeyboardInterrupt, mock.DEFAULT
-                error_of(KeyboardInterrupt, script.main, command)  # in the second model
+                run(script.main, command, error=KeyboardInterrupt)  # in the second model
                 for _ in range(2):
                     run(script.main, command)
                     with open(f"{folder}/{script.__name__}/{name}.csv") as f:
                         tables.append(f.read())
                 assert train.call_count == 3
-                assert "--save-dir" in error_of(OSError, script.main, [*command, "--lr", 0.1])
+                assert "--save-dir" in run(script.main, [*command, "--lr", 0.1], error=OSError)
             assert tables[0] == tables[1] and len(tables[0].splitlines()) == 3
             assert os.path.exists(f"{folder}/{script.__name__}/{name}.png")
 
@@ -495,14 +508,14 @@ def test_ddpm_killed_and_resumed():
         argv += ["--precision", "fp32", "--data-dir", folder, "--save-dir"]
         run(ddpm.main, [*argv, f"{folder}/whole"])
         out, checkpoint = [*argv, f"{folder}/out"], f"{folder}/out/checkpoint.pt"
-        assert "checkpoint.pt" in error_of(OSError, ddpm.main, [*out, "--resume"])
+        assert "checkpoint.pt" in run(ddpm.main, [*out, "--resume"], error=OSError)
         steps = mock.Mock(wraps=ddpm.DDPM.train_step, side_effect=[mock.DEFAULT] * 7 + [KeyboardInterrupt])
         with mock.patch.object(ddpm.DDPM, "train_step", lambda *args: steps(*args)):
-            error_of(KeyboardInterrupt, ddpm.main, out)  # in the third epoch
+            run(ddpm.main, out, error=KeyboardInterrupt)  # in the third epoch
         run(ddpm.main, [*out, "--load", checkpoint])
-        assert "4 time steps" in error_of(OSError, ddpm.main, [*out, "--load", checkpoint, "--steps", 5])
+        assert "4 time steps" in run(ddpm.main, [*out, "--load", checkpoint, "--steps", 5], error=OSError)
         for option in ["--lr", 0.1], ["--predict", "noise"]:
-            assert option[0] in error_of(OSError, ddpm.main, [*out, "--resume", *option])
+            assert option[0] in run(ddpm.main, [*out, "--resume", *option], error=OSError)
         run(ddpm.main, [*out, "--resume"])
         whole, resumed = (torch.load(f"{folder}/{name}/ddpm.pt") for name in ("whole", "out"))
         for part in "ema", "guide":
@@ -512,23 +525,13 @@ def test_ddpm_killed_and_resumed():
 
         with open(checkpoint, "r+b") as f:
             f.truncate(1000)
-        assert "damaged" in error_of(OSError, ddpm.main, [*out, "--resume"])
-
-
-def main():
-    failed, tests = 0, [(name, test) for name, test in globals().items() if name.startswith("test_")]
-    for name, test in tests:
-        start = time.perf_counter()
-        try:
-            test()
-            print(f"{name}: passed ({time.perf_counter() - start:.1f} s)", flush=True)
-        except Exception:
-            failed += 1
-            traceback.print_exc()
-            print(f"{name}: FAILED", flush=True)
-    print(f"{len(tests) - failed} passed, {failed} failed")
-    sys.exit(failed > 0)
+        assert "damaged" in run(ddpm.main, [*out, "--resume"], error=OSError)
 
 
 if __name__ == "__main__":
-    main()
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
+    for name, test in tests:
+        start = time.perf_counter()
+        test()
+        print(f"{name}: passed ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{len(tests)} passed")
