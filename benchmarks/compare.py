@@ -195,7 +195,8 @@ def compare_representations(vaes, process, train, test, args):
         "untrained U-Net": ddpm.build_unet().to(process.device),
     }
     curves = {"U-Net": [], "untrained U-Net": [], "pixels": []}
-    times = [round(share * (process.timesteps - 1)) for share in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)]
+    shares = 0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7
+    times = sorted({round(share * (process.timesteps - 1)) for share in shares})
     best, best_t, spaces = 0, 0, {}
     for t in tqdm(times, "Representations", leave=False, disable=None):
         torch.manual_seed(args.seed)
