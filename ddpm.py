@@ -374,12 +374,15 @@ def train_ddpm(args, dataloader):
 
 
 def save(saved, path):
-    """Write the file and rename it once it is complete: a kill or a full disk leaves the earlier one."""
+    """Write the file and rename it once it is complete: a kill or a full disk leaves the earlier file."""
     buffer = io.BytesIO()
     torch.save(saved, buffer)
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(buffer.getbuffer())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            f.write(buffer.getbuffer())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
 
 
 def read(path):

@@ -156,9 +156,12 @@ def fit(args, train_loader, path):
     saved |= {"seconds": time.perf_counter() - start, "losses": losses, "state_dict": model.state_dict()}
     buffer = io.BytesIO()
     torch.save(saved, buffer)
-    with open(f"{path}.tmp", "wb") as f:
-        f.write(buffer.getbuffer())  # an OSError on a full disk; an earlier model stays as it was
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            f.write(buffer.getbuffer())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:  # a full disk; an earlier model is still there
+        raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
     print(f"Model saved: {path}")
     return load(path).to(args.device)
 
