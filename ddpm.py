@@ -437,7 +437,7 @@ def plot_samples(ddpm, guide, test_loader, args):
     common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
 
     if args.num_samples:
-        batches = torch.arange(args.num_samples).split(500)
+        batches = torch.arange(args.num_samples).split(100)  # 100 images take some 90 MB
         path = os.path.join(args.save_dir, "samples.npy")
         np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
         print(f"Samples saved: {path}")

@@ -63,7 +63,7 @@ def generate(model, n, steps=30):
     steps: of the DDPM's sample_fast; None stands for the report's sampler.
     """
     images, start = [], time.perf_counter()
-    for batch in tqdm(torch.arange(n).split(500), "Samples", leave=False, disable=None):
+    for batch in tqdm(torch.arange(n).split(100), "Samples", leave=False, disable=None):
         if isinstance(model, nn.Module):
             device = next(model.parameters()).device
             images.append(common.generate_samples(model, model.options["latent_dim"], len(batch), device))
