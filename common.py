@@ -275,6 +275,7 @@ def plot_losses(losses, save_dir="results"):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("Epoch")
     ax.set_ylabel("Average loss")
+    ax.set_title("Training")
     save_figure(fig, save_dir, "loss.png")
 
 
