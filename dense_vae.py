@@ -271,7 +271,7 @@ def main(argv=None):
         sweep(args, train_loader, test_loader)
         return
     path = os.path.join(args.save_dir, f"dense_vae_latent{args.latent_dim}.pt")
-    model = load(args.load).to(args.device) if args.load else fit(args, train_loader, path)
+    model = fit(args, train_loader, path) if args.load is None else load(args.load).to(args.device)
     latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded

@@ -48,6 +48,8 @@ def load(path, device):
             raise OSError(f"{path} is damaged, or no array of numbers") from error
         if images.shape[1:] != (1, 28, 28) or len(images) < 100:
             raise OSError(f"{path} is an array of {tuple(images.shape)}: give (n, 1, 28, 28), n at least 100")
+        if not (0 <= images.min() and images.max() <= 1):  # true of NaN, too
+            raise OSError(f"{path} has pixels outside [0, 1]")
         return images
     for load_vae in dense_vae.load, conv_vae.load:
         try:
@@ -104,7 +106,7 @@ def get_classifier(train_loader, path, device, num_epochs=4):
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             scheduler.step()
-    torch.save(model.state_dict(), path)
+    ddpm.save(model.state_dict(), path)
     return model.eval()
 
 
@@ -322,20 +324,32 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("paths", nargs="*", default=list(DEFAULTS), help="saved models, or samples.npy")
     add("--num-samples", type=int, default=10000, help="images of each model (default: 10000)")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--data-dir", default="data")
-    add("--save-dir", default="results/compare")
+    add("--seed", type=int, default=0, help="seed of the samples and the classifier (default: 0)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
+    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing (default: data)")
+    add("--save-dir", default="results/compare", help="folder of the figures (default: results/compare)")
     args = parser.parse_args(argv)
     if args.num_samples < 100:
-        parser.error("argument --num-samples: takes a whole number from 100 on")
+        parser.error("argument --num-samples: takes a whole number >= 100")
+    if not 0 <= args.seed < 2**32:
+        parser.error("argument --seed: takes a whole number from 0 to 2**32 - 1")
+    if len(set(args.paths)) < len(args.paths):
+        parser.error("argument paths: takes each file once")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except Exception as error:  # torch has several types for it
+        reason = str(error).splitlines()[0]
+        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     common.make_folder(args.save_dir)
-    models = [(os.path.basename(path).rsplit(".", 1)[0], load(path, args.device)) for path in args.paths]
+    names = [os.path.splitext(os.path.basename(path))[0] for path in args.paths]
+    if len(set(names)) < len(names):
+        names = args.paths
+    models = [(name, load(path, args.device)) for name, path in zip(names, args.paths)]
     loaders = common.load_mnist(args.data_dir, device=args.device)
     (train, train_labels), (test, test_labels) = (loader.dataset.tensors for loader in loaders)
     train, test = train.cpu() / 255, test.cpu() / 255
