@@ -152,9 +152,8 @@ def plot_images(images, n_rows, n_cols, figsize, title):
     for ax in axes.flat:
         ax.axis("off")
     for ax, image in zip(axes.flat, images):
-        ax.imshow(
-            image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1
-        )  # the listing stretches each image's contrast
+        # The listing sets no limits, and so stretches the contrast of each image.
+        ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
     fig.suptitle(title, fontsize=14)
     return fig
 

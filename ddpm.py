@@ -484,17 +484,14 @@ def parse_args(argv=None):
     mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
     args = parser.parse_args(argv)
 
+    most_steps = args.timesteps if args.load is None else math.inf  # a loaded model has its own
     for option, valid, takes in (
         ("--epochs", args.epochs >= 1, "a whole number >= 1"),
         ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
         ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
-        (
-            "--steps",
-            1 <= args.steps and (args.load is not None or args.steps <= args.timesteps),
-            "1 to --timesteps",
-        ),
+        ("--steps", 1 <= args.steps <= most_steps, "1 to --timesteps"),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
         ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
         ("--limit", args.limit >= 1, "a whole number >= 1"),
