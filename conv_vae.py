@@ -29,13 +29,12 @@ class ConvEncoder(nn.Module):
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
         c1, c2, *c3 = channels
-        third = [nn.Conv2d(c2, *c3, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []
         self.conv_layers = nn.Sequential(
             nn.Conv2d(1, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
             nn.ReLU(),
             nn.Conv2d(c1, c2, kernel_size=4, stride=2, padding=1),  # (B, 64, 7, 7)
             nn.ReLU(),
-            *third,  # (B, 128, 5, 5)
+            *([nn.Conv2d(c2, *c3, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []),
         )
         self.flatten = nn.Flatten()
         flat_dim = c3[0] * 5 * 5 if c3 else c2 * 7 * 7
@@ -60,10 +59,9 @@ class ConvDecoder(nn.Module):
         super().__init__()
         c1, c2, *c3 = channels
         self.shape = (*c3, 5, 5) if c3 else (c2, 7, 7)
-        third = [nn.ConvTranspose2d(*c3, c2, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []
         self.fc = nn.Linear(latent_dim, math.prod(self.shape))
         self.deconv_layers = nn.Sequential(
-            *third,  # (B, 64, 7, 7)
+            *([nn.ConvTranspose2d(*c3, c2, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []),
             nn.ConvTranspose2d(c2, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
             nn.ReLU(),
             nn.ConvTranspose2d(c1, 1, kernel_size=4, stride=2, padding=1),  # (B, 1, 28, 28)

@@ -399,7 +399,7 @@ def read(path, needed=("ema", "guide")):
     except OSError:
         raise
     except Exception as error:  # a foreign file can fail in any way
-        raise OSError(f"{path} is damaged, or not a file of ddpm.py with {', '.join(needed)}") from error
+        raise OSError(f"{path} is damaged, or not a model of ddpm.py") from error
     return saved
 
 
