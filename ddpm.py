@@ -69,6 +69,8 @@ class SimpleMNistUNet(nn.Module):
 
     def __init__(self, in_channels=1, out_channels=1, time_emb_dim=64):
         super().__init__()
+        if in_channels != out_channels:
+            raise ValueError("the noise is as large as the image: in_channels and out_channels must be equal")
         self.time_mlp = nn.Sequential(
             SinusoidalPositionEmbeddings(time_emb_dim),
             nn.Linear(time_emb_dim, time_emb_dim),

@@ -97,10 +97,10 @@ def test_shapes():
     assert dense_vae.VAE(encoder, decoder)(torch.rand(3, 1, 32, 32))[0].shape == (3, 1, 32, 32)
     run(dense_vae.DenseDecoder(3, 2 * 784), torch.randn(4, 3), error=RuntimeError)  # no 8 images out of 4 z
 
-    unet, t = ddpm.SimpleMNistUNet(3, 2, time_emb_dim=8), torch.tensor([0, 999])
-    assert unet(torch.randn(2, 3, 28, 28), t).shape == (2, 2, 28, 28)
-    for dim in 2, 7:
-        run(ddpm.SimpleMNistUNet, 1, 1, dim, error=ValueError)
+    unet, t = ddpm.SimpleMNistUNet(3, 3, time_emb_dim=8), torch.tensor([0, 999])
+    assert unet(torch.randn(2, 3, 28, 28), t).shape == (2, 3, 28, 28)
+    for sizes in (1, 1, 2), (1, 1, 7), (1, 3, 64):
+        run(ddpm.SimpleMNistUNet, *sizes, error=ValueError)
     by_hand = [[f(k * 10000 ** (-i / 3)) for f in (np.sin, np.cos) for i in range(4)] for k in t.tolist()]
     embeddings = ddpm.SinusoidalPositionEmbeddings(8)(t)
     torch.testing.assert_close(embeddings, torch.tensor(by_hand).float(), atol=1e-4, rtol=0)
