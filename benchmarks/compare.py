@@ -300,7 +300,7 @@ def plot_quality_cost(models, results, classifier, train, test, args):
         runs, points = [("", 30, n)], []
         if isinstance(model, tuple):
             runs = [(f"{steps} steps", steps, n) for steps in (10, 20, 30, 50) if steps <= model[0].timesteps]
-            runs.append((f"the report's {model[0].timesteps} steps, {n // 10} samples", None, n // 10))
+            runs.append((f"{model[0].timesteps} steps ({n // 10} samples)", None, n // 10))
         for label, steps, n in runs:
             images, ms = results[name]
             if steps != 30:  # the table's models and steps are there already
@@ -310,8 +310,10 @@ def plot_quality_cost(models, results, classifier, train, test, args):
             distance /= np.mean([frechet(part, real) for part in floor.split(n) if len(part) == n])
             print(f"{name} {label}: {n} samples, {ms:.2f} ms per image, {distance:.1f} times the distance")
             points.append((ms, distance))
-            ax.annotate(label, points[-1], xytext=(4, 6), textcoords="offset points", fontsize=8)
+            side = "left" if steps else "right"
+            ax.annotate(label, points[-1], xytext=(0, 8), textcoords="offset points", fontsize=8, ha=side)
         ax.plot(*zip(*points), "o-", label=name)
+    ax.margins(0.1)
     ax.axhline(1, color="gray", linestyle="--", label="training digits")
     ax.set(xscale="log", yscale="log", xlabel="Milliseconds per image")
     ax.set_ylabel("Fréchet distance / that of training digits")
