@@ -193,7 +193,7 @@ def test_figures():
     with small_mnist() as folder:
         loader = torch.utils.data.DataLoader(common.load_mnist(folder)[1].dataset, 50)
         loader.dataset.tensors = loader.dataset.tensors[0].float() / 255, loader.dataset.tensors[1]
-        for d in 1, 2, 3:
+        for d in 1, 3:
             model, kwargs = dense_vae.build_vae(d, [8]), {"latent_dim": d, "save_dir": f"{folder}/out"}
             images = common.generate_samples(model, d)
             assert images.shape == (25, 1, 28, 28)
@@ -405,12 +405,12 @@ def test_command_lines():
             (dense_vae, ["--latent-dim", 2], ["dense_vae_latent2.pt", *(f"{name}.png" for name in names)]),
             (conv_vae, ["--latent-dim", 2], ["conv_vae_latent2.pt", *(f"{name}.png" for name in names)]),
             (beta_study, ["--betas", 1], ["conv_vae_beta1.pt", "beta_study.csv", "beta_study.png"]),
-            (ddpm, ["--timesteps", 4, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
+            (ddpm, ["--timesteps", 2, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
         ):
             name = script.__name__
             command = [sys.executable, f"{name}.py", "--data-dir", folder, "--save-dir", f"{folder}/{name}"]
             command += map(str, ["--epochs", 1, "--device", "cpu", *options])
-            env = os.environ | {"MPLBACKEND": "module://missing.backend_inline"}
+            env = os.environ | {"MPLBACKEND": "module://missing.backend_inline", "OMP_NUM_THREADS": "1"}
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             running[name] = subprocess.Popen(command, cwd=HERE, env=env, text=True, **pipes), files
         for name, (process, files) in running.items():
@@ -422,14 +422,15 @@ def test_command_lines():
         # The saved model gives the same held-out loss, and no other script takes it.
         path = f"{folder}/dense_vae/dense_vae_latent2.pt"
         load = ["--data-dir", folder, "--save-dir", f"{folder}/again", "--device", "cpu", "--load"]
-        _, again = run(dense_vae.main, [*load, path])
+        with mock.patch("matplotlib.figure.Figure.savefig"):
+            _, again = run(dense_vae.main, [*load, path])
         assert held_out["dense_vae"] in again
         for script in conv_vae, ddpm:
             assert "not a model" in run(script.main, [*load, path], error=OSError)
 
         options = [*load[:2], "--device", "cpu", "--num-samples", 100, "--save-dir", f"{folder}/compare"]
         _, out = run(compare.main, [path, f"{folder}/ddpm/ddpm.pt", f"{folder}/ddpm/samples.npy", *options])
-        assert out.count("linear probe") == 3 * 3 + 1  # three curves at t = 0, 1, 2, and the VAE
+        assert out.count("linear probe") == 3 * 2 + 1  # three curves at t = 0 and 1, and the VAE
         names = "compare.csv", "compare.png", "quality_cost.png", "representations.png", "latent_spaces.png"
         assert set(names) <= set(os.listdir(f"{folder}/compare"))
         np.save(f"{folder}/flat.npy", np.zeros((200, 784)))
