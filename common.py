@@ -158,6 +158,21 @@ def plot_images(images, n_rows, n_cols, figsize, title):
     return fig
 
 
+def tile(images, n_rows):
+    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
+    n, _, height, width = images.shape
+    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1).numpy()
+
+
+def make_folder(save_dir):
+    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
+    try:
+        os.makedirs(save_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_dir).close()
+    except OSError as error:
+        raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error
+
+
 def save_figure(fig, save_dir, file_name):
     """Save the figure, close it, and print where it is."""
     os.makedirs(save_dir, exist_ok=True)
@@ -254,21 +269,6 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     title = f"Interpolation dans l'espace latent (latent_dim={latent_dim})"
     fig = plot_images(imgs, 1, 10, (10, 1.4), title)
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
-
-
-def make_folder(save_dir):
-    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
-    try:
-        os.makedirs(save_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
-    except OSError as error:
-        raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error
-
-
-def tile(images, n_rows):
-    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    n, _, height, width = images.shape
-    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1).numpy()
 
 
 def plot_losses(losses, save_dir="results"):

@@ -140,7 +140,7 @@ def fit(args, train_loader, path):
     """Train a VAE with the options `args`, save it at `path` and return it.
 
     Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
-    almost 0, the momentum falls from 0.95 to 0.85 and rises again.
+    almost 0, the momentum falls from 0.95 to 0.85 and rises again. beta_2 = 0.99 learns more in few epochs.
     """
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)

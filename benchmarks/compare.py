@@ -65,14 +65,15 @@ def generate(model, n, steps=30):
     steps: of the DDPM's sample_fast; None stands for the report's sampler.
     """
     images, start = [], time.perf_counter()
-    for batch in tqdm(torch.arange(n).split(100), "Samples", leave=False, disable=None):
+    network = model if isinstance(model, nn.Module) else model[0].model
+    device = next(network.parameters()).device
+    bf16 = conv_vae.has_bf16(str(device))
+    for batch in tqdm(torch.arange(n).split(100), desc="Samples", leave=False):
         if isinstance(model, nn.Module):
-            device = next(model.parameters()).device
             images.append(common.generate_samples(model, model.options["latent_dim"], len(batch), device))
             continue
         process, guide = model
-        bf16 = conv_vae.has_bf16(str(process.device))
-        with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             if steps is None:
                 images.append(process.sample(len(batch)).cpu())
             else:
@@ -101,7 +102,7 @@ def get_classifier(train_loader, path, device, num_epochs=4):
     total_steps = num_epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=total_steps)
     for epoch in range(num_epochs):
-        for x, y in tqdm(train_loader, f"Classifier, epoch {epoch + 1}", leave=False, disable=None):
+        for x, y in tqdm(train_loader, desc=f"Classifier, epoch {epoch + 1}", leave=False):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -148,7 +149,7 @@ def precision_recall(real, generated, k=3):
 def nearest_training_image(images, train_images):
     """The median Euclidean distance of the pixels, in [0, 1], to the nearest training image."""
     flat, train = images.flatten(1), train_images.flatten(1)
-    bars = tqdm(flat.split(500), "Nearest training images", leave=False, disable=None)
+    bars = tqdm(flat.split(500), desc="Nearest training images", leave=False)
     return torch.cat([torch.cdist(chunk, train).amin(1) for chunk in bars]).median().item()
 
 
@@ -200,7 +201,7 @@ def compare_representations(vaes, process, train, test, args):
     shares = 0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7
     times = sorted({round(share * (process.timesteps - 1)) for share in shares})
     best, best_t, spaces = 0, 0, {}
-    for t in tqdm(times, "Representations", leave=False, disable=None):
+    for t in tqdm(times, desc="Representations", leave=False):
         torch.manual_seed(args.seed)
         x_t = []
         for images, _ in train, test:
@@ -252,9 +253,11 @@ def compare_representations(vaes, process, train, test, args):
 # ---- The comparison
 
 
-def compare_images(models, classifier, train, test, args):
-    """A row of the table for each model, for digits and for noise; and {name: (images, ms per image)}."""
-    real, _ = classify(classifier, test)
+def compare_images(models, classifier, real, train, test, args):
+    """A row of the table for each model, for digits and for noise; and {name: (images, ms per image)}.
+
+    real: the features of the test images.
+    """
     torch.manual_seed(args.seed)
     n = args.num_samples
     images_only = {"test digits": test[:n], "training digits": train[torch.randperm(len(train))[:n]]}
@@ -287,12 +290,12 @@ def compare_images(models, classifier, train, test, args):
     return rows, results
 
 
-def plot_quality_cost(models, results, classifier, train, test, args):
+def plot_quality_cost(models, results, classifier, real, train, args):
     """Draw the Fréchet distance against the milliseconds per image: VAEs, and the DDPM by several samplers.
 
     The distance depends on the number of samples: each is divided by that of as many training digits.
+    real: the features of the test images.
     """
-    real, _ = classify(classifier, test)
     floor, _ = classify(classifier, train[:20000])
     fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, model in models:
@@ -323,11 +326,12 @@ def plot_quality_cost(models, results, classifier, train, test, args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add = parser.add_argument
     add("paths", nargs="*", default=list(DEFAULTS), help="saved models, or samples.npy")
     add("--num-samples", type=int, default=10000, help="images of each model (default: 10000)")
     add("--seed", type=int, default=0, help="seed of the samples and the classifier (default: 0)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device")
+    add("--device", default=device, help="a torch device")
     add("--data-dir", default="data", help="folder of MNIST, downloaded if missing (default: data)")
     add("--save-dir", default="results/compare", help="folder of the figures (default: results/compare)")
     args = parser.parse_args(argv)
@@ -358,12 +362,12 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     classifier = get_classifier(loaders[0], os.path.join(args.save_dir, "classifier.pt"), args.device)
-    _, digits = classify(classifier, test)
+    real, digits = classify(classifier, test)
     print(
         f"Classifier: {(digits.argmax(1) == test_labels.cpu()).float().mean():.2%} of the test images right"
     )
 
-    rows, results = compare_images(models, classifier, train, test, args)
+    rows, results = compare_images(models, classifier, real, train, test, args)
     for row in [{column: column for column in rows[0]}, *rows]:
         print("".join(f"{value:>{22 if column == 'model' else 13}}" for column, value in row.items()))
     common.save_table(rows, args.save_dir, "compare.csv")
@@ -377,7 +381,7 @@ def main(argv=None):
 
     models = [(name, model) for name, model in models if not isinstance(model, torch.Tensor)]
     if models:
-        plot_quality_cost(models, results, classifier, train, test, args)
+        plot_quality_cost(models, results, classifier, real, train, args)
     vaes = [(name, model) for name, model in models if isinstance(model, nn.Module)]
     ddpms = [model for _, model in models if isinstance(model, tuple)]
     if ddpms:
