@@ -6,7 +6,7 @@ The images are scikit-learn's digits, 8x8, enlarged to 28x28 and laid out as MNI
 import contextlib
 import io
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 import time
@@ -59,6 +59,13 @@ def run(function, *args, error=(), **kwargs):
             return f"{raised} {out.getvalue()}"
     assert error == (), f"{function} did not raise {error}"
     return result
+
+
+def run_script(name, argv, **kwargs):
+    """What `python NAME.py ARGV` prints."""
+    with mock.patch.object(sys, "argv", [name, *map(str, argv)]):
+        printed = run(runpy.run_path, os.path.join(HERE, f"{name}.py"), run_name="__main__", **kwargs)
+    return printed if isinstance(printed, str) else printed[1]
 
 
 def count(model):
@@ -397,27 +404,27 @@ def test_ema():
 
 
 def test_command_lines():
-    """A short run of each script as the user makes it, where MPLBACKEND names a module that is not there."""
+    """A short run of each script as `python script.py` makes it, in this process: torch is imported once."""
     names = "images_gen_latent2", "reconstructions_latent2", "interpolation_latent2", "latent_space_latent2"
     with small_mnist(n_train=100) as folder:
-        running, held_out = {}, {}
-        for script, options, files in (
-            (dense_vae, ["--latent-dim", 2], ["dense_vae_latent2.pt", *(f"{name}.png" for name in names)]),
-            (conv_vae, ["--latent-dim", 2], ["conv_vae_latent2.pt", *(f"{name}.png" for name in names)]),
-            (beta_study, ["--betas", 1], ["conv_vae_beta1.pt", "beta_study.csv", "beta_study.png"]),
-            (ddpm, ["--timesteps", 2, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
+        held_out = {}
+        for name, options, files in (
+            ("dense_vae", ["--latent-dim", 2], ["dense_vae_latent2.pt", *(f"{name}.png" for name in names)]),
+            ("conv_vae", ["--latent-dim", 2], ["conv_vae_latent2.pt", *(f"{name}.png" for name in names)]),
+            ("beta_study", ["--betas", 1], ["conv_vae_beta1.pt", "beta_study.csv", "beta_study.png"]),
+            ("ddpm", ["--timesteps", 2, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
         ):
-            name = script.__name__
-            command = [sys.executable, f"{name}.py", "--data-dir", folder, "--save-dir", f"{folder}/{name}"]
-            command += map(str, ["--epochs", 1, "--device", "cpu", *options])
-            env = os.environ | {"MPLBACKEND": "module://missing.backend_inline", "OMP_NUM_THREADS": "1"}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-            running[name] = subprocess.Popen(command, cwd=HERE, env=env, text=True, **pipes), files
-        for name, (process, files) in running.items():
-            out, _ = process.communicate()
-            assert process.returncode == 0 and "Epoch [1/1] Average loss: " in out, out
+            argv = ["--data-dir", folder, "--save-dir", f"{folder}/{name}", "--epochs", 1, "--device", "cpu"]
+            out = run_script(name, [*argv, *options])
+            assert "Epoch [1/1] Average loss: " in out, out
             held_out[name] = out.partition("Held-out loss: ")[2].partition("\n")[0]
             assert set(files) <= set(os.listdir(f"{folder}/{name}")), name
+            no_folder = [*argv, "--save-dir", f"{folder}/{name}/{files[0]}"]
+            assert f"{name}.py: can't write in" in run_script(name, no_folder, error=SystemExit)
+
+        with mock.patch.dict(os.environ, MPLBACKEND="module://missing.backend_inline"):
+            run_script("common", [])  # a notebook's backend that is not installed here
+            assert "MPLBACKEND" not in os.environ
 
         # The saved model gives the same held-out loss, and no other script takes it.
         path = f"{folder}/dense_vae/dense_vae_latent2.pt"
