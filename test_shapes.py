@@ -405,14 +405,16 @@ def test_ema():
 
 def test_command_lines():
     """A short run of each script as `python script.py` makes it, in this process: torch is imported once."""
-    names = "images_gen_latent2", "reconstructions_latent2", "interpolation_latent2", "latent_space_latent2"
+    names = "images_gen", "reconstructions", "interpolation", "latent_space"
+    figures = [f"{name}_latent2.png" for name in names]
+    diffusion = ["--timesteps", 2, "--steps", 2, "--num-samples", 100]
     with small_mnist(n_train=100) as folder:
         held_out = {}
         for name, options, files in (
-            ("dense_vae", ["--latent-dim", 2], ["dense_vae_latent2.pt", *(f"{name}.png" for name in names)]),
-            ("conv_vae", ["--latent-dim", 2], ["conv_vae_latent2.pt", *(f"{name}.png" for name in names)]),
+            ("dense_vae", ["--latent-dim", 2], ["dense_vae_latent2.pt", *figures]),
+            ("conv_vae", ["--latent-dim", 2], ["conv_vae_latent2.pt", *figures]),
             ("beta_study", ["--betas", 1], ["conv_vae_beta1.pt", "beta_study.csv", "beta_study.png"]),
-            ("ddpm", ["--timesteps", 2, "--steps", 2, "--num-samples", 100], ["samples.npy", "denoising.png"]),
+            ("ddpm", diffusion, ["samples.npy", "denoising.png"]),
         ):
             argv = ["--data-dir", folder, "--save-dir", f"{folder}/{name}", "--epochs", 1, "--device", "cpu"]
             out = run_script(name, [*argv, *options])
