@@ -1,9 +1,9 @@
 """The effect of beta on the report's convolutional VAE, measured (section 4).
 
     python beta_study.py                       the report's five values, and its figure 3
-    python beta_study.py --betas 0 1 20        others; what is trained already is not trained again
+    python beta_study.py --betas 0 1 20        other values; saved models are not trained again
 
-More figures of one: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt --save-dir results/beta5
+A model's figures: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt --save-dir results/beta5
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch
 
 import common
 import conv_vae
-from common import plt  # after common has settled matplotlib's backend
+from common import plt  # after common has set matplotlib's backend
 
 
 @torch.no_grad()
@@ -41,11 +41,11 @@ def active_units(means, threshold=0.01):
 def gaussian_kl(codes):
     """KL(N(m, S) || N(0, I)), in nats, where m and S are the mean and covariance of the codes, (n, d).
 
-    A lower bound of the KL between the aggregate posterior and the prior; 0 if their first two moments agree.
+    0 if the aggregate posterior, q(z|x) averaged over the images, has the prior's mean and covariance.
     """
     codes = codes.double()
     mean = codes.mean(0)
-    covariance = codes.T.cov().view(len(mean), -1)
+    covariance = codes.T.cov().view(len(mean), -1)  # (d, d), also for d = 1
     kl = covariance.trace() + mean.square().sum() - len(mean) - torch.linalg.slogdet(covariance).logabsdet
     return 0.5 * kl.item()
 
@@ -96,9 +96,9 @@ def parse_args(argv=None):
     add("--lr", type=float, default=6e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=int, default=10, help="dimension of z")
-    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the encoder's layers")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the 2 or 3 layers")
     add("--device", default=device, help="a torch device")
-    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
+    precision = "auto: bf16 if the hardware has it (faster), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
     add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", default="results/beta_study", help="folder of the models and the figures")
@@ -150,8 +150,9 @@ def main(argv=None):
         torch.manual_seed(args.seed)  # the same z for every beta
         images = common.generate_samples(model, args.latent_dim, device=args.device)
         common.plot_generated_images(images, file_name=f"images_gen_beta{name}.png", **where)
-        file_name = f"reconstructions_beta{name}.png"
-        common.plot_reconstructions(model, test_loader, args.device, file_name=file_name, **where)
+        title = f"Images reconstruites pour β = {name}"
+        names = {"file_name": f"reconstructions_beta{name}.png", "title": title}
+        common.plot_reconstructions(model, test_loader, args.device, **names, **where)
         with torch.no_grad():
             x_recon, _, _ = model(x)
             sheet.append([torch.cat([x, x_recon]), images[:20], model.decode(remote[:20].to(args.device))])

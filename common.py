@@ -42,9 +42,9 @@ class MNISTLoader:
 
     def __iter__(self):
         images, labels = self.dataset.tensors
-        order = torch.randperm if self.shuffle else torch.arange
-        for index in order(len(images), device=images.device).split(self.batch_size):
-            yield images.index_select(0, index).float().div_(255), labels[index]
+        arrange = torch.randperm if self.shuffle else torch.arange
+        for index in arrange(len(images), device=images.device).split(self.batch_size):
+            yield images.index_select(0, index).float().div_(255), labels[index]  # faster than images[index]
 
 
 def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
@@ -113,11 +113,11 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     """BCE + beta * KL, summed over the batch, in nats (report, §2.4).
 
     x_recon, x: (B, 1, 28, 28), both in [0, 1]. A negative loss, or BCE's error about its target, means that x
-    is not, for instance after transforms.Normalize. mu, logvar: (B, d). The KL divergence of
-    N(mu, exp(logvar)) from N(0, I) is that of Kingma & Welling (2013), appendix B; the weight beta, global in
-    the listing, is from Higgins et al. (2017).
+    is outside [0, 1], for instance after transforms.Normalize. mu, logvar: (B, d). The formula of
+    KL(N(mu, exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013), appendix B. The weight beta, a
+    global variable in the listing, is from Higgins et al. (2017).
     """
-    # BCE stops at a NaN in an assertion, which kills the process on a GPU; the KL term still shows the NaN.
+    # BCE stops at a NaN, on a GPU with the whole process. The KL term is still NaN, and train_vae reports it.
     recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return recon_loss + beta * kl_loss
@@ -149,28 +149,12 @@ def evaluate(vae, data_loader):
 def plot_images(images, n_rows, n_cols, figsize, title):
     """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
     fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
-    for ax in axes.flat:
-        ax.axis("off")
     for ax, image in zip(axes.flat, images):
         # The listing sets no limits, and so stretches the contrast of each image.
         ax.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+        ax.axis("off")
     fig.suptitle(title, fontsize=14)
     return fig
-
-
-def tile(images, n_rows):
-    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    n, _, height, width = images.shape
-    return images.cpu().view(n_rows, -1, height, width).transpose(1, 2).reshape(n_rows * height, -1).numpy()
-
-
-def make_folder(save_dir):
-    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
-    try:
-        os.makedirs(save_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
-    except OSError as error:
-        raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error
 
 
 def save_figure(fig, save_dir, file_name):
@@ -200,13 +184,15 @@ def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="resu
     save_figure(fig, save_dir, file_name or f"images_gen_latent{latent_dim}.png")
 
 
-def plot_reconstructions(vae, data_loader, device="cpu", latent_dim=2, save_dir="results", file_name=None):
+def plot_reconstructions(
+    vae, data_loader, device="cpu", latent_dim=2, save_dir="results", file_name=None, title=None
+):
     """Draw the first ten images of `data_loader` above their reconstructions (report, §4, figure 3)."""
     vae.eval()
     x = next(iter(data_loader))[0][:10].to(device)
     with torch.no_grad():
         x_recon, _, _ = vae(x)
-    title = f"Images reconstruites par le VAE (latent_dim={latent_dim})"
+    title = title or f"Images reconstruites par le VAE (latent_dim={latent_dim})"
     fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
     save_figure(fig, save_dir, file_name or f"reconstructions_latent{latent_dim}.png")
 
@@ -233,8 +219,7 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
     if latent_dim > 2:
         x_label, y_label = "t-SNE 1", "t-SNE 2"  # no longer the z_1 and z_2 of the listing
         print(f"t-SNE of {len(all_mu)} points, this takes a while...", flush=True)
-        kwargs = {"perplexity": min(30, len(all_mu) - 1), "random_state": 0}  # for few points; reproducible
-        tsne = TSNE(n_components=2, learning_rate="auto", init="random", **kwargs)
+        tsne = TSNE(n_components=2, learning_rate="auto", init="random", random_state=0)
         all_mu_2d = tsne.fit_transform(all_mu)
     elif latent_dim == 2:
         all_mu_2d = all_mu
@@ -243,7 +228,7 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
         all_mu_2d = np.column_stack([all_mu, all_labels])
 
     fig = plt.figure(figsize=(8, 6))
-    # From -0.5 to 9.5, so that each of the ten colours stands over its digit on the scale.
+    # From -0.5 to 9.5, so that each digit stands at the centre of its colour in the colorbar.
     x, y = all_mu_2d[:, 0], all_mu_2d[:, 1]
     scatter = plt.scatter(x, y, c=all_labels, cmap="tab10", s=5, vmin=-0.5, vmax=9.5)
     plt.colorbar(scatter, label="Chiffre réel", ticks=range(10))
@@ -280,6 +265,13 @@ def plot_losses(losses, save_dir="results"):
     ax.set_ylabel("Average loss")
     ax.set_title("Training")
     save_figure(fig, save_dir, "loss.png")
+
+
+def tile(images, n_rows):
+    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
+    _, _, height, width = images.shape
+    rows = images.cpu().view(n_rows, -1, height, width).transpose(1, 2)  # (n_rows, H, n / n_rows, W)
+    return rows.reshape(n_rows * height, -1).numpy()
 
 
 def plot_sweep(rows, samples, save_dir="results"):
@@ -324,3 +316,12 @@ def save_table(rows, save_dir, file_name):
         writer.writeheader()
         writer.writerows(rows)
     print(f"Table saved: {path}")
+
+
+def make_folder(save_dir):
+    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
+    try:
+        os.makedirs(save_dir, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_dir).close()
+    except OSError as error:
+        raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error

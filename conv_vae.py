@@ -7,7 +7,6 @@ All the options: --help.
 """
 
 import argparse
-import io
 import itertools
 import math
 import os
@@ -28,18 +27,19 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
-        c1, c2, *c3 = channels
+        c1, c2, *c3 = channels  # c3 is [128], or [] for two layers
         self.conv_layers = nn.Sequential(
             nn.Conv2d(1, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
             nn.ReLU(),
             nn.Conv2d(c1, c2, kernel_size=4, stride=2, padding=1),  # (B, 64, 7, 7)
             nn.ReLU(),
+            # (B, 128, 5, 5)
             *([nn.Conv2d(c2, *c3, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []),
         )
         self.flatten = nn.Flatten()
-        flat_dim = c3[0] * 5 * 5 if c3 else c2 * 7 * 7
-        self.fc_mu = nn.Linear(flat_dim, latent_dim)
-        self.fc_logvar = nn.Linear(flat_dim, latent_dim)
+        side = 5 if c3 else 7
+        self.fc_mu = nn.Linear(channels[-1] * side * side, latent_dim)  # 128 * 5 * 5
+        self.fc_logvar = nn.Linear(channels[-1] * side * side, latent_dim)
 
     def forward(self, x):
         x = self.conv_layers(x)
@@ -52,15 +52,17 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """z, (B, latent_dim) -> (B, 1, 28, 28) in [0, 1], the mirror of ConvEncoder (report, §3.2).
 
-    channels: the encoder's, in the encoder's order.
+    channels: those of ConvEncoder, in the same order.
     """
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
         c1, c2, *c3 = channels
-        self.shape = (*c3, 5, 5) if c3 else (c2, 7, 7)
-        self.fc = nn.Linear(latent_dim, math.prod(self.shape))
+        side = 5 if c3 else 7
+        self.shape = channels[-1], side, side  # (128, 5, 5)
+        self.fc = nn.Linear(latent_dim, channels[-1] * side * side)
         self.deconv_layers = nn.Sequential(
+            # (B, 64, 7, 7)
             *([nn.ConvTranspose2d(*c3, c2, kernel_size=3, stride=1, padding=0), nn.ReLU()] if c3 else []),
             nn.ConvTranspose2d(c2, c1, kernel_size=4, stride=2, padding=1),  # (B, 32, 14, 14)
             nn.ReLU(),
@@ -72,7 +74,7 @@ class ConvDecoder(nn.Module):
         x = F.relu(self.fc(z))
         x = x.view(-1, *self.shape)  # (B, 128, 5, 5)
         x = self.deconv_layers[:-1](x)
-        return self.deconv_layers[-1](x.float())  # bfloat16 has nothing between 0.996 and 1
+        return self.deconv_layers[-1](x.float())  # the sigmoid in float32: bfloat16 is too coarse near 1
 
 
 class VAE(nn.Module):
@@ -117,7 +119,7 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_recon, mu, logvar = model(x)
-            loss = vae_loss(x_recon, x, mu.float(), logvar.float(), beta)
+            loss = vae_loss(x_recon, x, mu.float(), logvar.float(), beta)  # the loss in float32
             loss.backward()
             optimizer.step()
             if scheduler is not None:
@@ -139,7 +141,7 @@ OPTIONS = "latent_dim", "channels", "epochs", "batch_size", "lr", "beta", "seed"
 
 
 def build_vae(latent_dim=10, channels=(32, 64, 128)):
-    """The convolutional VAE whose encoder has these channels; its decoder has them in reverse order."""
+    """The convolutional VAE whose encoder has these channels; the decoder mirrors it."""
     encoder = ConvEncoder(latent_dim=latent_dim, channels=channels)
     decoder = ConvDecoder(latent_dim=latent_dim, channels=channels)
     return VAE(encoder, decoder).to(memory_format=torch.channels_last)  # the fastest layout for convolutions
@@ -148,8 +150,8 @@ def build_vae(latent_dim=10, channels=(32, 64, 128)):
 def fit(args, train_loader, path):
     """Train a VAE with the options `args`, save it at `path` and return it.
 
-    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
-    almost 0, the momentum falls from 0.95 to 0.85 and rises again. beta_2 = 0.99 learns more in few epochs.
+    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr, then falls to
+    almost 0; Adam's beta_1 falls from 0.95 to 0.85, then rises again. beta_2 = 0.99 gives a lower loss.
     """
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.channels).to(args.device)
@@ -164,14 +166,11 @@ def fit(args, train_loader, path):
 
     saved = {"script": "conv_vae", "options": {name: getattr(args, name) for name in OPTIONS}}
     saved |= {"seconds": time.perf_counter() - start, "losses": losses, "state_dict": model.state_dict()}
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
     try:
-        with open(f"{path}.tmp", "wb") as f:
-            f.write(buffer.getbuffer())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:  # a full disk; an earlier model is still there
-        raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
+        torch.save(saved, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # an earlier model is replaced by a complete one, or not at all
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        raise OSError(f"can't write {path}: is the disk full?") from error
     print(f"Model saved: {path}")
     return load(path).to(args.device)
 
@@ -179,7 +178,7 @@ def fit(args, train_loader, path):
 def load(path):
     """The VAE saved at `path`, on the CPU, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another script's.
+    Raises OSError if the file is missing, damaged or of another script.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -190,7 +189,7 @@ def load(path):
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
     except OSError:  # there is no such file
         raise
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # an arbitrary file can fail in any way
         raise OSError(f"{path} is damaged, or not a model of conv_vae.py") from error
     return model
 
@@ -234,7 +233,7 @@ def has_bf16(device):
     """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # dict(): nothing
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
@@ -250,10 +249,10 @@ def parse_args(argv=None):
     add("--lr", type=float, default=6e-3, help="maximum of the learning rate")
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--latent-dim", type=int, default=10, help="dimension of z")
-    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the encoder's layers")
+    add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the 2 or 3 layers")
     add("--beta", type=float, default=1.0, help="weight of the KL term")
     add("--device", default=device, help="a torch device")
-    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
+    precision = "auto: bf16 if the hardware has it (faster), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
     add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", default="results/conv_vae", help="folder of the model and the figures")

@@ -9,7 +9,6 @@ First the annex, then what goes beyond it: a network that predicts v, a fast sam
 
 import argparse
 import copy
-import io
 import math
 import os
 import sys
@@ -36,9 +35,10 @@ class SinusoidalPositionEmbeddings(nn.Module):
         self.dim = dim
 
     def forward(self, time):
+        device = time.device
         half_dim = self.dim // 2
-        embeddings = math.log(10000) / (half_dim - 1)
-        embeddings = torch.exp(torch.arange(half_dim, device=time.device) * -embeddings)
+        embeddings = np.log(10000) / (half_dim - 1)
+        embeddings = torch.exp(torch.arange(half_dim, device=device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
         embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
         return embeddings
@@ -69,7 +69,7 @@ class SimpleMNistUNet(nn.Module):
 
     def __init__(self, in_channels=1, out_channels=1, time_emb_dim=64):
         super().__init__()
-        if in_channels != out_channels:
+        if in_channels != out_channels:  # mse_loss would compare arrays of different shapes
             raise ValueError("the noise is as large as the image: in_channels and out_channels must be equal")
         self.time_mlp = nn.Sequential(
             SinusoidalPositionEmbeddings(time_emb_dim),
@@ -127,8 +127,9 @@ class SimpleMNistUNet(nn.Module):
 class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    t runs from 0, a little noise, to timesteps - 1, noise only: Ho et al. count from 1 and call this t + 1.
-    Images are (B, 1, H, W) in [-1, 1]. With other timesteps the betas must be scaled (see build_ddpm).
+    t goes from 0, a little noise, to timesteps - 1, only noise; Ho et al. count from 1. x_0 is the clean
+    image, before t = 0. Images are (B, 1, H, W) in [-1, 1]. With other timesteps the betas must be scaled
+    (see build_ddpm).
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -145,7 +146,7 @@ class DDPM:
         print(f"Nombre de timesteps: {timesteps}")
 
     def forward_process(self, x0, t, noise=None):
-        """Noise x0 up to t, (B,): a sample of q(x_t | x_0), made with `noise` (Ho et al., eq. 4)."""
+        """Add noise to x0: sample x_t ~ q(x_t | x_0), t: (B,), from `noise`, if given (Ho et al., eq. 4)."""
         if noise is None:
             noise = torch.randn_like(x0)
         t = torch.clamp(t, 0, self.timesteps - 1)
@@ -154,7 +155,7 @@ class DDPM:
         return x_t
 
     def reverse_process(self, x, t):
-        """From x_t to a sample of p(x_{t-1} | x_t), of variance beta_t; t: (B,) (Ho et al., algorithm 2)."""
+        """Sample x_{t-1} ~ p(x_{t-1} | x_t), of variance beta_t; t: (B,) (Ho et al., algorithm 2)."""
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
 
@@ -164,7 +165,7 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0; each image may have its own t. At t = 0 the mean is the listing's x_0.
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is x_0, as there.
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)
         x_prev = mean + std * noise
@@ -204,9 +205,9 @@ class DDPM:
 class NoiseFromV(nn.Module):
     """Wraps a network that predicts v: takes x_t and t, returns the noise.
 
-    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D). Where x_t is nearly
-    noise alone, x_t itself is nearly the answer, and an error in v counts for little. The loss stays the
-    report's, on the noise.
+    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D), so that
+    noise = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t. At a large t, alpha_bar is near 0: the noise is
+    nearly x_t, and an error in v has little weight. The loss is still the report's, on the noise.
     """
 
     def __init__(self, unet, alpha_bars):
@@ -223,16 +224,18 @@ class NoiseFromV(nn.Module):
 def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     """Generate images in few steps; returns the list of all x_t, (n, 1, 28, 28), the last one x_0.
 
-    Each step goes from t to some s < t by the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7), which is
-    a step of DDIM at eta=1 (Song et al., 2021). Its x_0 is extrapolated from the last two estimates to the
-    midpoint of the step in log(SNR) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
+    Each step goes from t to the next time s by the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7). For
+    x_0 it takes the estimate at the midpoint of the step, extrapolated from the last two in
+    log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
     guidance > 1 extrapolates: noise = guide + guidance * (model - guide), where `guide` is the same network
-    after less training (autoguidance, Karras et al., 2024), at the middle t (Kynkäänniemi et al., 2024).
+    after less training (autoguidance, Karras et al., 2024), for t from 0.2 to 0.6 of the time steps
+    (Kynkäänniemi et al., 2024).
     """
     ddpm.model.eval()
     guide.eval()
     u = torch.linspace(1, 0, steps)
-    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**2  # from timesteps - 1 to 0, closer near 0
+    # From timesteps - 1 to 0, closer near 0; the first term keeps them apart.
+    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**2
     times = times.round().long().tolist()
     alpha_bars = [*ddpm.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
     log_snr = [math.log(a / (1 - a)) for a in alpha_bars[:-1]]
@@ -243,17 +246,17 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
         a_t, a_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
 
         noise = ddpm.model(x, t).float()
-        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:  # where the digit takes shape
+        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:
             noise_guide = guide(x, t).float()
             noise = noise_guide + guidance * (noise - noise_guide)
 
-        x0 = x0_mid = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+        x0 = x0_mid = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)  # the noise implies x_0
         if x0_last is not None and i < steps - 1:  # the last step ends at log(SNR) = infinity: no midpoint
             step_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
-            x0_mid = x0 + step_ratio / 2 * (x0 - x0_last)
+            x0_mid = x0 + step_ratio / 2 * (x0 - x0_last)  # half a step further on the line through both
         x0_last = x0
 
-        alpha = a_t / a_s  # the product of the alphas from s + 1 to t
+        alpha = a_t / a_s  # the product of the alphas from s + 1 to t; then eq. 7
         mean = (math.sqrt(a_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
         variance = (1 - a_s) * (1 - alpha) / (1 - a_t)
         x = mean + math.sqrt(variance) * torch.randn_like(x)
@@ -265,7 +268,7 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 
 
 def build_unet():
-    """The U-Net with the initialisation of He et al. (2015), which keeps the variance from layer to layer.
+    """The U-Net, its convolutions initialised as by He et al. (2015), to keep the variance in each layer.
 
     PyTorch's default shrinks it in each layer, and this U-Net has no normalisation against that.
     """
@@ -274,7 +277,7 @@ def build_unet():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.ConvTranspose2d):  # 2x2 of its 4x4 weights reach each pixel
+        elif isinstance(module, nn.ConvTranspose2d):  # no ReLU follows; a pixel sees 2x2 of the 4x4
             nn.init.normal_(module.weight, std=(module.in_channels * 4) ** -0.5)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.final_conv.weight)  # predicts 0 at first
@@ -293,7 +296,7 @@ def build_ddpm(timesteps=1000, predict="v", device="cpu"):
 @torch.no_grad()
 def update_ema(ema, model, step):
     """Exponential moving average of the weights: decay 0.999, less during the first steps (step >= 1)."""
-    decay = min(0.999, (1 + step) / (10 + step))
+    decay = min(0.999, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
     for p_ema, p in zip(ema.parameters(), model.parameters()):
         p_ema.lerp_(p, 1 - decay)
 
@@ -324,7 +327,7 @@ def train_ddpm(args, dataloader):
     """Train with the options `args`; leave checkpoint.pt after each epoch and ddpm.pt after the last.
 
     Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after one epoch.
-    Raises FloatingPointError after an epoch whose loss is not finite, OSError if the checkpoint doesn't fit.
+    Raises FloatingPointError after an epoch whose loss is not finite, OSError for a checkpoint with others.
     """
     torch.manual_seed(args.seed)
     ddpm = build_ddpm(args.timesteps, args.predict, args.device)
@@ -348,8 +351,8 @@ def train_ddpm(args, dataloader):
                 raise OSError(f"{path} was trained with {option}, not {value}: resume with the same options")
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        torch.manual_seed(args.seed + len(saved["losses"]))  # on a GPU: not the first epoch's batches again
-        torch.set_rng_state(saved["rng"])  # on a CPU: as if there had been no interruption
+        torch.manual_seed(args.seed + len(saved["losses"]))  # a GPU's generator: not the first batches again
+        torch.set_rng_state(saved["rng"])  # the CPU's generator: as if there had been no interruption
         checkpoint, losses, seconds = saved, saved["losses"], saved["seconds"]
         print(f"Resuming after epoch {len(losses)}")
 
@@ -361,7 +364,7 @@ def train_ddpm(args, dataloader):
             with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 train_loss += ddpm.train_step(x0, optimizer)
             scheduler.step()
-            update_ema(ema, model, scheduler.last_epoch)
+            update_ema(ema, model, scheduler.last_epoch)  # which counts steps here
         avg_loss = train_loss.item() / len(dataloader)
         if not math.isfinite(avg_loss):
             raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
@@ -382,25 +385,22 @@ def train_ddpm(args, dataloader):
 
 def save(saved, path):
     """Write the file and rename it once it is complete: a kill or a full disk leaves the earlier file."""
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
     try:
-        with open(f"{path}.tmp", "wb") as f:
-            f.write(buffer.getbuffer())
+        torch.save(saved, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        raise OSError(f"can't write {path}: is the disk full?") from error
 
 
 def read(path, needed=("ema", "guide")):
-    """The contents of ddpm.pt or checkpoint.pt. Raises OSError if it is missing, damaged or foreign."""
+    """The contents of ddpm.pt or checkpoint.pt. OSError if it is missing, damaged or another file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "ddpm" or not set(needed) <= set(saved):
             raise ValueError(saved["script"])
     except OSError:
         raise
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # an arbitrary file can fail in any way
         raise OSError(f"{path} is damaged, or not a model of ddpm.py") from error
     return saved
 
@@ -444,7 +444,7 @@ def plot_samples(ddpm, guide, test_loader, args):
     common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
 
     if args.num_samples:
-        batches = torch.arange(args.num_samples).split(100)  # 100 images take some 90 MB
+        batches = torch.arange(args.num_samples).split(100)  # to save memory
         path = os.path.join(args.save_dir, "samples.npy")
         np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
         print(f"Samples saved: {path}")
@@ -471,12 +471,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=int, default=1000, help="steps from an image to noise")
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
-    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm: the report's, one step per t")
+    add("--sampler", choices=["fast", "ddpm"], default="fast", help="of the samples; ddpm: the report's")
     add("--steps", type=int, default=30, help="steps of the fast sampler")
-    add("--guidance", type=float, default=1.5, help="guidance of the fast sampler; 1 means none")
+    add("--guidance", type=float, default=1.5, help="weight of the guidance in the fast sampler; 1: none")
     add("--num-samples", type=int, metavar="N", help="write N samples to samples.npy, too")
     add("--device", default=device, help="a torch device")
-    precision = "auto: bf16 if the hardware has it (about twice as fast), else fp32"
+    precision = "auto: bf16 if the hardware has it (faster), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
     add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", default="results/ddpm", help="folder of the model and the figures")
@@ -493,7 +493,7 @@ def parse_args(argv=None):
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
         ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
         ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
-        ("--steps", 1 <= args.steps <= most_steps, "1 to --timesteps"),
+        ("--steps", 1 <= args.steps <= most_steps, "a whole number from 1 to --timesteps"),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
         ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
         ("--limit", args.limit >= 1, "a whole number >= 1"),

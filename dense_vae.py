@@ -7,7 +7,6 @@ All the options: --help.
 """
 
 import argparse
-import io
 import itertools
 import math
 import os
@@ -56,7 +55,7 @@ class DenseDecoder(nn.Module):
             self.fc_layers.append(nn.Linear(prev_dim, h_dim))
             prev_dim = h_dim
         self.fc_out = nn.Linear(prev_dim, output_dim)
-        self.side = math.isqrt(output_dim)  # 28 in the listing, which cuts up images of another size
+        self.side = math.isqrt(output_dim)  # 28 in the listing, which is wrong for another output_dim
 
     def forward(self, z):
         x = z
@@ -139,8 +138,8 @@ def build_vae(latent_dim=5, hidden_dims=(256, 512)):
 def fit(args, train_loader, path):
     """Train a VAE with the options `args`, save it at `path` and return it.
 
-    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr and falls to
-    almost 0, the momentum falls from 0.95 to 0.85 and rises again. beta_2 = 0.99 learns more in few epochs.
+    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr, then falls to
+    almost 0; Adam's beta_1 falls from 0.95 to 0.85, then rises again. beta_2 = 0.99 gives a lower loss.
     """
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)
@@ -154,14 +153,11 @@ def fit(args, train_loader, path):
 
     saved = {"script": "dense_vae", "options": {name: getattr(args, name) for name in OPTIONS}}
     saved |= {"seconds": time.perf_counter() - start, "losses": losses, "state_dict": model.state_dict()}
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
     try:
-        with open(f"{path}.tmp", "wb") as f:
-            f.write(buffer.getbuffer())
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:  # a full disk; an earlier model is still there
-        raise OSError(f"can't write {path} ({error.strerror}): free some space on the disk") from error
+        torch.save(saved, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)  # an earlier model is replaced by a complete one, or not at all
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        raise OSError(f"can't write {path}: is the disk full?") from error
     print(f"Model saved: {path}")
     return load(path).to(args.device)
 
@@ -169,7 +165,7 @@ def fit(args, train_loader, path):
 def load(path):
     """The VAE saved at `path`, on the CPU, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another script's.
+    Raises OSError if the file is missing, damaged or of another script.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -180,7 +176,7 @@ def load(path):
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
     except OSError:  # there is no such file
         raise
-    except Exception as error:  # a foreign file can fail in any way
+    except Exception as error:  # an arbitrary file can fail in any way
         raise OSError(f"{path} is damaged, or not a model of dense_vae.py") from error
     return model
 

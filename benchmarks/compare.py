@@ -1,4 +1,4 @@
-"""The VAEs against the DDPM, which the report's last paragraph proposes: images, cost and representations.
+"""Compare the VAEs with the DDPM, as the report's last paragraph proposes: images, cost, representations.
 
 python benchmarks/compare.py             the default models of the three scripts, from results/
 python benchmarks/compare.py PATH ...    any saved models, or samples.npy of ddpm.py --num-samples
@@ -51,12 +51,12 @@ def load(path, device):
         if not (0 <= images.min() and images.max() <= 1):  # true of NaN, too
             raise OSError(f"{path} has pixels outside [0, 1]")
         return images
-    for load_vae in dense_vae.load, conv_vae.load:
+    for script in dense_vae, conv_vae, ddpm:
         try:
-            return load_vae(path).to(device)
+            return ddpm.load(path, device) if script is ddpm else script.load(path).to(device)
         except OSError:  # the next script's, perhaps
             pass
-    return ddpm.load(path, device)
+    raise OSError(f"{path} is damaged, or not a model of these scripts")
 
 
 def generate(model, n, steps=30):
@@ -120,7 +120,7 @@ def classify(classifier, images):
 
 
 def frechet(a, b):
-    """The Fréchet distance of the features a and b, (n, d) each (Heusel et al., 2017).
+    """The Fréchet distance of the features a and b, (n, d) each, as in FID (Heusel et al., 2017).
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with the means m and the covariances S.
     """
@@ -139,6 +139,7 @@ def precision_recall(real, generated, k=3):
     """
 
     def share_inside(points, centers):
+        # k + 1, as the nearest of all is the point itself.
         radii = torch.cat([torch.cdist(c, centers).kthvalue(k + 1).values for c in centers.split(500)])
         inside = [(torch.cdist(p, centers) <= radii).any(1) for p in points.split(500)]
         return torch.cat(inside).float().mean().item()
@@ -177,7 +178,7 @@ def bottleneck(unet, x_t, t):
 
 
 def probe(train_features, train_labels, test_features, test_labels):
-    """The accuracies of a linear probe and of the 5 nearest neighbours, on the test split."""
+    """The test accuracies of logistic regression (a linear probe) and of 5 nearest neighbours."""
     linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200))
     scores = []
     for model in linear, make_pipeline(StandardScaler(), KNeighborsClassifier(5)):
@@ -242,8 +243,7 @@ def compare_representations(vaes, process, train, test, args):
     titles["VAE"] = f"mu of {vaes[-1][0]}" if vaes else ""
     for ax, (name, features) in zip(axes[0], spaces.items()):
         features, labels = features[:5000].numpy(), test[1][:5000].numpy()
-        perplexity = min(30, len(features) - 1)
-        points = TSNE(2, init="random", random_state=0, perplexity=perplexity).fit_transform(features)
+        points = TSNE(2, init="random", random_state=0).fit_transform(features)
         scatter = ax.scatter(*points.T, c=labels, cmap="tab10", s=4, vmin=-0.5, vmax=9.5)
         ax.set(title=titles[name], xlabel="t-SNE 1", ylabel="t-SNE 2")
     fig.colorbar(scatter, ax=axes[0], label="Digit", ticks=range(10))
@@ -256,7 +256,8 @@ def compare_representations(vaes, process, train, test, args):
 def compare_images(models, classifier, real, train, test, args):
     """A row of the table for each model, for digits and for noise; and {name: (images, ms per image)}.
 
-    real: the features of the test images.
+    real: the features of the test images. over_99%: the share whose most probable digit has more than 99%;
+    entropy: of the shares of the predicted digits, at most ln 10 = 2.303; nearest: nearest_training_image.
     """
     torch.manual_seed(args.seed)
     n = args.num_samples
@@ -273,15 +274,15 @@ def compare_images(models, classifier, real, train, test, args):
             trained, network = (model[0], model[0].model) if isinstance(model, tuple) else (model, model)
             row["parameters"] = sum(p.numel() for p in network.parameters())
             row |= {"train_s": f"{trained.seconds:.0f}", "ms_per_image": f"{ms:.2f}"}
-        features, digits = classify(classifier, images)
-        shares = digits.argmax(1).bincount(minlength=10) / len(images)
+        features, probabilities = classify(classifier, images)
+        shares = probabilities.argmax(1).bincount(minlength=10) / len(images)
         precision, recall = precision_recall(real[: len(images)], features)
         row |= {
             "samples": len(images),
             "frechet": f"{frechet(features, real):.2f}",
             "precision": f"{precision:.3f}",
             "recall": f"{recall:.3f}",
-            "over_99%": f"{(digits.amax(1) > 0.99).float().mean():.1%}",
+            "over_99%": f"{(probabilities.amax(1) > 0.99).float().mean():.1%}",
             "entropy": f"{torch.special.entr(shares).sum():.3f}",
             "nearest": f"{nearest_training_image(images, train):.2f}",
         }
@@ -311,7 +312,7 @@ def plot_quality_cost(models, results, classifier, real, train, args):
                 images, ms = generate(model, n, steps)
             distance = frechet(classify(classifier, images[:n])[0], real)
             distance /= np.mean([frechet(part, real) for part in floor.split(n) if len(part) == n])
-            print(f"{name} {label}: {n} samples, {ms:.2f} ms per image, {distance:.1f} times the distance")
+            print(f"{name} {label}: {n} samples, {ms:.2f} ms per image, distance {distance:.1f} (digits: 1)")
             points.append((ms, distance))
             side = "left" if steps else "right"
             ax.annotate(label, points[-1], xytext=(0, 8), textcoords="offset points", fontsize=8, ha=side)
@@ -362,10 +363,9 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     classifier = get_classifier(loaders[0], os.path.join(args.save_dir, "classifier.pt"), args.device)
-    real, digits = classify(classifier, test)
-    print(
-        f"Classifier: {(digits.argmax(1) == test_labels.cpu()).float().mean():.2%} of the test images right"
-    )
+    real, probabilities = classify(classifier, test)
+    accuracy = (probabilities.argmax(1) == test_labels.cpu()).float().mean()
+    print(f"Classifier: {accuracy:.2%} of the test images right")
 
     rows, results = compare_images(models, classifier, real, train, test, args)
     for row in [{column: column for column in rows[0]}, *rows]:

@@ -1,6 +1,6 @@
-"""The loader, the training loops and the sampler against the report's: alternating, in one run, as ratios.
+"""How many times as fast as the report's are the loader, the training and the sampler? Both run in turn.
 
-python benchmarks/speed.py            all of it, some ten minutes on two cores
+python benchmarks/speed.py            all of them, about ten minutes on two cores
 python benchmarks/speed.py loader     or dense, conv, ddpm, sampler
 """
 
@@ -99,7 +99,7 @@ def time_ddpm(args, way):
             start = time.perf_counter()
         with torch.autocast(process.device.type, torch.bfloat16, enabled=way == "bf16"):
             loss = train_step(process, 2 * x - 1, optimizer)
-    float(loss)
+    float(loss)  # waits for the GPU
     return time.perf_counter() - start
 
 
@@ -114,11 +114,16 @@ def time_sampler(args, way):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["loader", "dense", "conv", "ddpm", "sampler"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--data-dir", default="data")
+    everything = ["loader", "dense", "conv", "ddpm", "sampler"]
+    parser.add_argument("what", nargs="*", default=everything, help="what to measure")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: 5)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device"
+    )
+    parser.add_argument("--data-dir", default="data", help="folder of MNIST (default: data)")
     args = parser.parse_args()
+    if not set(args.what) <= set(everything):
+        parser.error(f"argument what: takes {', '.join(everything)}")
     common.load_mnist(args.data_dir)  # there before the first measurement
 
     for what in args.what:
