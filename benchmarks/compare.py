@@ -294,33 +294,38 @@ def compare_images(models, classifier, real, train, test, args):
 def plot_quality_cost(models, results, classifier, real, train, args):
     """Draw the Fréchet distance against the milliseconds per image: VAEs, and the DDPM by several samplers.
 
-    The distance depends on the number of samples: each is divided by that of as many training digits.
-    real: the features of the test images.
+    The distance is larger for fewer samples: that of as many training digits is subtracted, and its standard
+    deviation drawn as the error bar. real: the features of the test images.
     """
-    floor, _ = classify(classifier, train[:20000])
+    n = min(args.num_samples, 2000)
+    torch.manual_seed(args.seed)
+    digits, _ = classify(classifier, train[torch.randperm(len(train))[:20000]])
     fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     for name, model in models:
-        n = min(args.num_samples, 2000)
-        runs, points = [("", 30, n)], []
+        runs, points = {"": results[name]}, []
         if isinstance(model, tuple):
-            runs = [(f"{steps} steps", steps, n) for steps in (10, 20, 30, 50) if steps <= model[0].timesteps]
-            runs.append((f"{model[0].timesteps} steps ({n // 10} samples)", None, n // 10))
-        for label, steps, n in runs:
-            images, ms = results[name]
-            if steps != 30:  # the table's models and steps are there already
+            timesteps = model[0].timesteps
+            runs = {f"{min(30, timesteps)} steps": results[name]}
+            for steps in [*(steps for steps in (10, 20, 50) if steps < timesteps), None]:
                 torch.manual_seed(args.seed)
-                images, ms = generate(model, n, steps)
-            distance = frechet(classify(classifier, images[:n])[0], real)
-            distance /= np.mean([frechet(part, real) for part in floor.split(n) if len(part) == n])
-            print(f"{name} {label}: {n} samples, {ms:.2f} ms per image, distance {distance:.1f} (digits: 1)")
-            points.append((ms, distance))
-            side = "left" if steps else "right"
-            ax.annotate(label, points[-1], xytext=(0, 8), textcoords="offset points", fontsize=8, ha=side)
-        ax.plot(*zip(*points), "o-", label=name)
-    ax.margins(0.1)
-    ax.axhline(1, color="gray", linestyle="--", label="training digits")
-    ax.set(xscale="log", yscale="log", xlabel="Milliseconds per image")
-    ax.set_ylabel("Fréchet distance / that of training digits")
+                runs[f"{steps or timesteps} steps"] = generate(model, n if steps else n // 10, steps)
+        for label, (images, ms) in runs.items():
+            images = images[:n]
+            parts = digits.split(len(images))
+            of_digits = [frechet(part, real) for part in parts if len(part) == len(images)]
+            distance = frechet(classify(classifier, images)[0], real) - np.mean(of_digits)
+            points.append((ms, distance, np.std(of_digits)))
+            print(f"{name} {label}: {len(images)} samples, {ms:.2f} ms per image, ", end="")
+            print(f"Fréchet distance of digits + {distance:.2f} (standard deviation {points[-1][2]:.2f})")
+            if len(images) < n:
+                label += f"\n({len(images)} samples)"
+            ax.annotate(label, points[-1][:2], xytext=(5, 5), textcoords="offset points", fontsize=8)
+        x, y, error = zip(*sorted(points))
+        ax.errorbar(x, y, error, fmt="o-", label=name)
+    ax.set(xscale="log", yscale="symlog", xlabel="Milliseconds per image")
+    ax.margins(0.2)
+    ax.axhline(0, color="gray", linestyle="--", label="training digits")
+    ax.set_ylabel("Fréchet distance - that of as many training digits")
     ax.legend()
     common.save_figure(fig, args.save_dir, "quality_cost.png")
 
