@@ -324,4 +324,6 @@ def make_folder(save_dir):
         os.makedirs(save_dir, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
     except OSError as error:
-        raise OSError(f"can't write in {save_dir} ({error.strerror}): give another --save-dir") from error
+        raise OSError(
+            f"can't write in the folder {save_dir} ({error.strerror}): give another --save-dir"
+        ) from error

@@ -398,10 +398,8 @@ def read(path, needed=("ema", "guide")):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "ddpm" or not set(needed) <= set(saved):
             raise ValueError(saved["script"])
-    except OSError:
-        raise
     except Exception as error:  # an arbitrary file can fail in any way
-        raise OSError(f"{path} is damaged, or not a model of ddpm.py") from error
+        raise OSError(f"{path} is missing, damaged, or not a model of ddpm.py") from error
     return saved
 
 
@@ -536,4 +534,4 @@ if __name__ == "__main__":
     except (OSError, FloatingPointError) as error:
         sys.exit(f"ddpm.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("ddpm.py: interrupted (training continues after its last complete epoch with --resume)")
+        sys.exit("ddpm.py: interrupted (--resume continues after the last complete epoch, if there is one)")

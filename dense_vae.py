@@ -174,10 +174,8 @@ def load(path):
         model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"])
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except OSError:  # there is no such file
-        raise
     except Exception as error:  # an arbitrary file can fail in any way
-        raise OSError(f"{path} is damaged, or not a model of dense_vae.py") from error
+        raise OSError(f"{path} is missing, damaged, or not a model of dense_vae.py") from error
     return model
 
 

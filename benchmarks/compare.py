@@ -392,7 +392,7 @@ def main(argv=None):
     vaes = [(name, model) for name, model in models if isinstance(model, nn.Module)]
     ddpms = [model for _, model in models if isinstance(model, tuple)]
     if ddpms:
-        n = min(10000, args.num_samples)
+        n = min(5000, args.num_samples)
         splits = (train[:n], train_labels[:n].cpu()), (test[:n], test_labels[:n].cpu())
         compare_representations(vaes, ddpms[0][0], *splits, args)
 
