@@ -159,11 +159,11 @@ def fit(args, train_loader, path):
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise OSError(f"can't write {path}: is the disk full?") from error
     print(f"Model saved: {path}")
-    return load(path).to(args.device)
+    return load(path, args.device)
 
 
-def load(path):
-    """The VAE saved at `path`, on the CPU, with its training's options, losses and seconds.
+def load(path, device="cpu"):
+    """The VAE saved at `path`, with its training's options, losses and seconds.
 
     Raises OSError if the file is missing, damaged or of another script.
     """
@@ -176,7 +176,7 @@ def load(path):
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
     except Exception as error:  # an arbitrary file can fail in any way
         raise OSError(f"{path} is missing, damaged, or not a model of dense_vae.py") from error
-    return model
+    return model.to(device)
 
 
 def load_or_fit(args, train_loader, path):
@@ -186,10 +186,10 @@ def load_or_fit(args, train_loader, path):
     """
     if not os.path.exists(path):
         return fit(args, train_loader, path)
-    model = load(path)
+    model = load(path, args.device)
     if model.options != {name: getattr(args, name) for name in OPTIONS}:
         raise OSError(f"{path} was trained with other options: delete it, or give another --save-dir")
-    return model.to(args.device)
+    return model
 
 
 def sweep(args, train_loader, test_loader):
@@ -265,7 +265,7 @@ def main(argv=None):
         sweep(args, train_loader, test_loader)
         return
     path = os.path.join(args.save_dir, f"dense_vae_latent{args.latent_dim}.pt")
-    model = fit(args, train_loader, path) if args.load is None else load(args.load).to(args.device)
+    model = fit(args, train_loader, path) if args.load is None else load(args.load, args.device)
     latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
