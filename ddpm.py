@@ -327,7 +327,8 @@ def train_ddpm(args, dataloader):
     """Train with the options `args`; leave checkpoint.pt after each epoch and ddpm.pt after the last.
 
     Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after one epoch.
-    Raises FloatingPointError after an epoch whose loss is not finite, OSError for a checkpoint with others.
+    Raises FloatingPointError after an epoch whose loss is not finite, OSError if the checkpoint to resume
+    is missing, damaged, or of other options.
     """
     torch.manual_seed(args.seed)
     ddpm = build_ddpm(args.timesteps, args.predict, args.device)
