@@ -134,7 +134,6 @@ def main(argv=None):
     args = parse_args(argv)
     common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
-    where = {"latent_dim": args.latent_dim, "save_dir": args.save_dir}
     x = next(iter(test_loader))[0][:10]
     rows, sheet = [], []
     for beta in args.betas:
@@ -149,13 +148,13 @@ def main(argv=None):
 
         torch.manual_seed(args.seed)  # the same z for every beta
         images = common.generate_samples(model, args.latent_dim, device=args.device)
-        common.plot_generated_images(images, file_name=f"images_gen_beta{name}.png", **where)
-        title = f"Images reconstruites pour β = {name}"
-        names = {"file_name": f"reconstructions_beta{name}.png", "title": title}
-        common.plot_reconstructions(model, test_loader, args.device, **names, **where)
+        file_name = f"images_gen_beta{name}.png"
+        common.plot_generated_images(images, args.latent_dim, save_dir=args.save_dir, file_name=file_name)
         with torch.no_grad():
-            x_recon, _, _ = model(x)
-            sheet.append([torch.cat([x, x_recon]), images[:20], model.decode(remote[:20].to(args.device))])
+            pairs = torch.cat([x, model(x)[0]])  # above their reconstructions
+            sheet.append([pairs, images[:20], model.decode(remote[:20].to(args.device))])
+        fig = common.plot_images(pairs, 2, len(x), (10, 2.4), f"Images reconstruites pour β = {name}")
+        common.save_figure(fig, args.save_dir, f"reconstructions_beta{name}.png")
 
     for row in [{column: column for column in rows[0]}, *rows]:
         print("".join(f"{value:>13}" for value in row.values()))

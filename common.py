@@ -213,17 +213,15 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
 
 
-def plot_reconstructions(
-    vae, data_loader, device="cpu", latent_dim=2, save_dir="results", file_name=None, title=None
-):
-    """Draw the first ten images of `data_loader` above their reconstructions (report, §4, figure 3)."""
+def plot_reconstructions(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
+    """Draw the first ten images of `data_loader` above their reconstructions (as in the report's figure 3)."""
     vae.eval()
     x = next(iter(data_loader))[0][:10].to(device)
     with torch.no_grad():
         x_recon, _, _ = vae(x)
-    title = title or f"Images reconstruites par le VAE (latent_dim={latent_dim})"
+    title = f"Images reconstruites par le VAE (latent_dim={latent_dim})"
     fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
-    save_figure(fig, save_dir, file_name or f"reconstructions_latent{latent_dim}.png")
+    save_figure(fig, save_dir, f"reconstructions_latent{latent_dim}.png")
 
 
 def plot_losses(losses, save_dir="results"):
