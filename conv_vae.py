@@ -231,7 +231,7 @@ def has_bf16(device):
     """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # dict(): nothing
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 

@@ -65,8 +65,7 @@ def generate(model, n, steps=30):
     steps: of the DDPM's sample_fast; None stands for the report's sampler.
     """
     images, start = [], time.perf_counter()
-    network = model if isinstance(model, nn.Module) else model[0].model
-    device = next(network.parameters()).device
+    device = next(model.parameters()).device if isinstance(model, nn.Module) else model[0].device
     bf16 = conv_vae.has_bf16(str(device))
     for batch in tqdm(torch.arange(n).split(100), desc="Samples", leave=False):
         if isinstance(model, nn.Module):
@@ -242,9 +241,8 @@ def compare_representations(vaes, process, train, test, args):
     titles = {"U-Net": f"Bottleneck of the U-Net at t={best_t}"}
     titles["VAE"] = f"mu of {vaes[-1][0]}" if vaes else ""
     for ax, (name, features) in zip(axes[0], spaces.items()):
-        features, labels = features[:5000].numpy(), test[1][:5000].numpy()
-        points = TSNE(2, init="random", random_state=0).fit_transform(features)
-        scatter = ax.scatter(*points.T, c=labels, cmap="tab10", s=4, vmin=-0.5, vmax=9.5)
+        points = TSNE(2, init="random", random_state=0).fit_transform(features.numpy())
+        scatter = ax.scatter(*points.T, c=test[1].numpy(), cmap="tab10", s=4, vmin=-0.5, vmax=9.5)
         ax.set(title=titles[name], xlabel="t-SNE 1", ylabel="t-SNE 2")
     fig.colorbar(scatter, ax=axes[0], label="Digit", ticks=range(10))
     common.save_figure(fig, args.save_dir, "latent_spaces.png")
@@ -307,7 +305,7 @@ def plot_quality_cost(models, results, classifier, real, train, args):
         if isinstance(model, tuple):
             timesteps = model[0].timesteps
             runs = {f"{min(30, timesteps)} steps": results[name]}
-            for steps in [*(steps for steps in (10, 20, 50) if steps < timesteps), None]:
+            for steps in [steps for steps in (10, 20, 50) if steps < timesteps] + [None]:
                 torch.manual_seed(args.seed)
                 label = f"{steps} steps" if steps else f"{timesteps} steps ({n // 10} samples)"
                 runs[label] = generate(model, n if steps else n // 10, steps)
