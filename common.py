@@ -214,7 +214,7 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
 
 
 def plot_reconstructions(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
-    """Draw the first ten images of `data_loader` above their reconstructions (as in the report's figure 3)."""
+    """Draw the first ten images of `data_loader` above their reconstructions (as in figure 3)."""
     vae.eval()
     x = next(iter(data_loader))[0][:10].to(device)
     with torch.no_grad():
