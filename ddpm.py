@@ -4,7 +4,16 @@
     python ddpm.py --resume                                     go on after an interruption
     python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample in the report's 1000 steps
 
-First the annex, then what goes beyond it: a network that predicts v, a fast sampler, the training.
+Diffusion mixes an image x_0 with more and more Gaussian noise. At time t = 0, ..., 999 it is
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise,
+
+where alpha_bar_t falls from almost 1 (an image) to almost 0 (only noise). The network sees x_t and t, and
+learns to guess the noise. Solved for x_0, the same formula then gives a guess of the image. Sampling starts
+from pure noise and takes a little of the guessed noise away at each step, from t = 999 down to 0.
+
+The annex comes first, then what goes beyond it: a network that predicts v, a fast sampler, the training.
+Needs common.py beside it. All the options: --help.
 """
 
 import argparse
@@ -18,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
@@ -37,7 +47,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
     def forward(self, time):
         device = time.device
         half_dim = self.dim // 2
-        embeddings = np.log(10000) / (half_dim - 1)
+        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing: torch.compile stops there
         embeddings = torch.exp(torch.arange(half_dim, device=device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
         embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
@@ -65,12 +75,10 @@ class SimpleBlock(nn.Module):
 
 
 class SimpleMNistUNet(nn.Module):
-    """x_t, (B, 1, 28, 28), and t, (B,) -> the noise in x_t, (B, 1, 28, 28) (annex)."""
+    """x_t, (B, in_channels, 28, 28), and t, (B,) -> (B, out_channels, 28, 28), the noise in x_t (annex)."""
 
     def __init__(self, in_channels=1, out_channels=1, time_emb_dim=64):
         super().__init__()
-        if in_channels != out_channels:  # mse_loss would compare arrays of different shapes
-            raise ValueError("the noise is as large as the image: in_channels and out_channels must be equal")
         self.time_mlp = nn.Sequential(
             SinusoidalPositionEmbeddings(time_emb_dim),
             nn.Linear(time_emb_dim, time_emb_dim),
@@ -127,9 +135,9 @@ class SimpleMNistUNet(nn.Module):
 class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    t goes from 0, a little noise, to timesteps - 1, only noise; Ho et al. count from 1. x_0 is the clean
-    image, before t = 0. Images are (B, 1, H, W) in [-1, 1]. With other timesteps the betas must be scaled
-    (see build_ddpm).
+    Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. At t = 0 the image
+    still has a little noise, and reverse_process(x, 0) returns the clean image x_0. Images are (B, 1, H, W)
+    in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see build_ddpm).
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -146,7 +154,10 @@ class DDPM:
         print(f"Nombre de timesteps: {timesteps}")
 
     def forward_process(self, x0, t, noise=None):
-        """Add noise to x0: sample x_t ~ q(x_t | x_0), t: (B,), from `noise`, if given (Ho et al., eq. 4)."""
+        """Sample x_t ~ q(x_t | x_0): mix x0, in [-1, 1], with `noise` or new noise (Ho et al., eq. 4).
+
+        t: (B,), from 0 to timesteps - 1.
+        """
         if noise is None:
             noise = torch.randn_like(x0)
         t = torch.clamp(t, 0, self.timesteps - 1)
@@ -155,7 +166,10 @@ class DDPM:
         return x_t
 
     def reverse_process(self, x, t):
-        """Sample x_{t-1} ~ p(x_{t-1} | x_t), of variance beta_t; t: (B,) (Ho et al., algorithm 2)."""
+        """Sample x_{t-1} ~ p(x_{t-1} | x_t), of variance beta_t; x_0 for t = 0 (Ho et al., algorithm 2).
+
+        x: x_t, about [-1, 1] and its noise; t: (B,), from 0 to timesteps - 1.
+        """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
 
@@ -165,14 +179,19 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is x_0, as there.
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is the x_0 of its
+        # other branch: alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) = sqrt(beta_0).
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)
         x_prev = mean + std * noise
         return x_prev
 
     def train_step(self, x0, optimizer):
-        """One step on a batch of images; returns its loss, a tensor (Ho et al., eq. 14, algorithm 1)."""
+        """One step on x0, (B, 1, H, W) in [-1, 1]: 2 * x - 1 for the x of a loader, in [0, 1].
+
+        Returns the loss, a tensor: the mean squared error of the noise, at a random t for each image (Ho et
+        al., eq. 14, algorithm 1).
+        """
         self.model.train()
         t = torch.randint(0, self.timesteps, (x0.shape[0],), device=self.device)
         noise = torch.randn_like(x0)
@@ -194,6 +213,7 @@ class DDPM:
             for i in tqdm(range(self.timesteps)[::-1], desc="Génération", leave=False):
                 t = torch.full((num_samples,), i, device=self.device, dtype=torch.long)
                 x = self.reverse_process(x, t)
+            # After the loop: the listing's indentation puts the next two lines inside it.
             x = torch.clamp(x, -1.0, 1.0)
             x = (x + 1.0) / 2.0
         return x
@@ -203,11 +223,14 @@ class DDPM:
 
 
 class NoiseFromV(nn.Module):
-    """Wraps a network that predicts v: takes x_t and t, returns the noise.
+    """Wraps a network that predicts v: takes x_t and t, returns the noise, as class DDPM expects it.
 
-    v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho, 2022, appendix D), so that
-    noise = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) x_t. At a large t, alpha_bar is near 0: the noise is
-    nearly x_t, and an error in v has little weight. The loss is still the report's, on the noise.
+    v = sqrt(a) noise - sqrt(1 - a) x_0, where a = alpha_bar_t (Salimans & Ho, 2022, appendix D). Then
+    sqrt(a) v + sqrt(1 - a) x_t is the noise: insert x_t = sqrt(a) x_0 + sqrt(1 - a) noise, the x_0 terms
+    cancel, and (a + 1 - a) noise remains.
+
+    Why v: at a large t, a is near 0, and x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) magnifies an error of the
+    noise. An error of v was multiplied by sqrt(a) before. The loss is still the report's, on the noise.
     """
 
     def __init__(self, unet, alpha_bars):
@@ -224,41 +247,49 @@ class NoiseFromV(nn.Module):
 def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     """Generate images in few steps; returns the list of all x_t, (n, 1, 28, 28), the last one x_0.
 
-    Each step goes from t to the next time s by the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7). For
-    x_0 it takes the estimate at the midpoint of the step, extrapolated from the last two in
-    log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
-    guidance > 1 extrapolates: noise = guide + guidance * (model - guide), where `guide` is the same network
-    after less training (autoguidance, Karras et al., 2024), for t from 0.2 to 0.6 of the time steps
-    (Kynkäänniemi et al., 2024).
+    x_0 is in [-1, 1] but for small errors: clamp it. With fewer time steps than `steps`, each is taken once.
+    One step goes from t to the next time s, a jump over many time steps:
+
+    1. The network guesses the noise. Guidance > 1 extrapolates: noise = guide + guidance * (model - guide),
+       where `guide` is the same network after less training (autoguidance, Karras et al., 2024). 1 means no
+       guidance. It is limited to t from 0.2 to 0.6 of the time steps (Kynkäänniemi et al., 2024).
+    2. The noise implies x_0, an estimate that changes on the way from t to s. The sampler takes its value at
+       the midpoint, half a jump ahead, on a straight line through the last two estimates; the line's abscissa
+       is log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
+    3. x_s is drawn from the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, which hold for any s < t).
     """
     ddpm.model.eval()
     guide.eval()
+    steps = min(steps, ddpm.timesteps)
     u = torch.linspace(1, 0, steps)
-    # From timesteps - 1 to 0, closer near 0; the first term keeps them apart.
-    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**2
+    # From timesteps - 1 to 0, closer near 0, where x_0 gets its details; the first term keeps them apart.
+    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**3
     times = times.round().long().tolist()
     alpha_bars = [*ddpm.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
-    log_snr = [math.log(a / (1 - a)) for a in alpha_bars[:-1]]
-    x, x0_last = torch.randn(num_samples, 1, 28, 28, device=ddpm.device), None
-    xs = [x]
+    log_snr = [math.log(bar / (1 - bar)) for bar in alpha_bars[:-1]]
+    x = torch.randn(num_samples, 1, 28, 28, device=ddpm.device)
+    xs, x0_last, was_guided = [x], None, False
     for i in tqdm(range(steps), desc="Génération", leave=False):
         t = torch.full((num_samples,), times[i], device=ddpm.device)
-        a_t, a_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
+        bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
 
         noise = ddpm.model(x, t).float()
-        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:
+        guided = guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6
+        if guided:
             noise_guide = guide(x, t).float()
             noise = noise_guide + guidance * (noise - noise_guide)
 
-        x0 = x0_mid = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)  # the noise implies x_0
-        if x0_last is not None and i < steps - 1:  # the last step ends at log(SNR) = infinity: no midpoint
-            step_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
-            x0_mid = x0 + step_ratio / 2 * (x0 - x0_last)  # half a step further on the line through both
-        x0_last = x0
+        x0 = x0_mid = (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
+        # No line leads from an unguided estimate to a guided one. The last jump ends at log(SNR) = infinity
+        # and has no midpoint: there bar_s = 1, so the variance is 0 and the mean is x_0.
+        if x0_last is not None and guided == was_guided and i < steps - 1:
+            jump_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            x0_mid = x0 + jump_ratio / 2 * (x0 - x0_last)
+        x0_last, was_guided = x0, guided
 
-        alpha = a_t / a_s  # the product of the alphas from s + 1 to t; then eq. 7
-        mean = (math.sqrt(a_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
-        variance = (1 - a_s) * (1 - alpha) / (1 - a_t)
+        alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
+        mean = (math.sqrt(bar_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
+        variance = (1 - bar_s) * (1 - alpha) / (1 - bar_t)
         x = mean + math.sqrt(variance) * torch.randn_like(x)
         xs.append(x)
     return xs
@@ -268,17 +299,19 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 
 
 def build_unet():
-    """The U-Net, its convolutions initialised as by He et al. (2015), to keep the variance in each layer.
+    """The annex's U-Net, with initial weights that keep the variance from layer to layer (He et al., 2015).
 
-    PyTorch's default shrinks it in each layer, and this U-Net has no normalisation against that.
+    PyTorch's default shrinks it, and this U-Net has no normalisation against that. A sum of fan_in products
+    has fan_in times the variance of one of them, so the weights get 1 / fan_in; before SiLU 2 / fan_in, as
+    for ReLU, which lets half of its input through.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d):  # fan_in = in_channels * 3 * 3
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.ConvTranspose2d):  # no ReLU follows; a pixel sees 2x2 of the 4x4
-            nn.init.normal_(module.weight, std=(module.in_channels * 4) ** -0.5)
+        elif isinstance(module, nn.ConvTranspose2d):  # no SiLU follows; a pixel sees 2x2 of the 4x4
+            nn.init.normal_(module.weight, std=(module.in_channels * 2 * 2) ** -0.5)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.final_conv.weight)  # predicts 0 at first
     return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
@@ -293,17 +326,40 @@ def build_ddpm(timesteps=1000, predict="v", device="cpu"):
     return ddpm
 
 
-@torch.no_grad()
-def update_ema(ema, model, step):
-    """Exponential moving average of the weights: decay 0.999, less during the first steps (step >= 1)."""
-    decay = min(0.999, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
-    for p_ema, p in zip(ema.parameters(), model.parameters()):
-        p_ema.lerp_(p, 1 - decay)
+def build_ema(model):
+    """A running average (EMA) of the weights of `model`.
+
+    ema.update_parameters(model) belongs after each step; ema.module is the averaged network. After n steps,
+    the weights of step k have the share 9 (k + 1) ... (k + 8) / ((n + 1) ... (n + 9)), about 9 k**8 / n**9:
+    whatever the length of the training, its last tenth makes 60% of the average, its first half 0.2% (a power
+    function average, as in Karras et al., 2024, "Analyzing and improving the training dynamics").
+    """
+    return AveragedModel(model, avg_fn=lambda average, weights, n: average.lerp(weights, 9 / (10 + n)))
+
+
+def train_epoch(ddpm, dataloader, optimizer, scheduler=None, ema=None, bf16=False):
+    """One pass over a loader of images in [0, 1]; returns the average loss, the MSE of the noise.
+
+    scheduler: makes one step per batch; ema: of build_ema. bf16: compute in bfloat16, a float of 16 bits,
+    with the range of float32 but 8 bits of precision, not 24: about twice as fast where the hardware has it.
+    """
+    train_loss = torch.zeros((), device=ddpm.device)
+    for x, _ in tqdm(dataloader, leave=False):
+        x0 = 2.0 * x.to(ddpm.device) - 1.0  # from [0, 1] to [-1, 1]
+        # Once per step: autocast keeps its copies of the weights until it ends; around the whole loop nothing
+        # would be learnt. PyTorch advises to leave backward() outside; the annex's train_step has it inside.
+        with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=bf16):
+            train_loss += ddpm.train_step(x0, optimizer)
+        if scheduler is not None:
+            scheduler.step()
+        if ema is not None:
+            ema.update_parameters(ddpm.model)
+    return train_loss.item() / len(dataloader)
 
 
 @torch.no_grad()
 def evaluate(ddpm, data_loader):
-    """The mean squared error of the predicted noise, with one random t for each image.
+    """The mean squared error of the predicted noise, with one random t for each image; images in [0, 1].
 
     Raises FloatingPointError if it is not finite.
     """
@@ -323,136 +379,129 @@ def evaluate(ddpm, data_loader):
 OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 
 
-def train_ddpm(args, dataloader):
-    """Train with the options `args`; leave checkpoint.pt after each epoch and ddpm.pt after the last.
+def fit(args, train_loader, path):
+    """Train with the options `args`, save the model at `path`; returns load(path).
 
-    Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after one epoch.
-    Raises FloatingPointError after an epoch whose loss is not finite, OSError if the checkpoint to resume
-    is missing, damaged, or of other options.
+    Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after the first
+    epoch. checkpoint.pt, beside `path`, is written after each epoch, for --resume. Raises FloatingPointError
+    after an epoch whose loss is not finite, OSError if a file can't be written, or read, or resumed with
+    these options.
     """
     torch.manual_seed(args.seed)
     ddpm = build_ddpm(args.timesteps, args.predict, args.device)
     model = ddpm.model
-    ema, guide = copy.deepcopy(model), copy.deepcopy(model)
+    ema, guide = build_ema(model), copy.deepcopy(model)
+    # OneCycleLR replaces the 0.9: from 0.95 to 0.85 and back. The 0.99 gives a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = args.epochs * len(dataloader)
+    total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-    checkpoint = {"script": "ddpm", "options": {name: getattr(args, name) for name in OPTIONS}}
+    # Plain values, where a notebook has numpy's; the sum of the pixels tells other images apart.
+    options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
+    options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     losses, seconds = [], 0.0
-    path = os.path.join(args.save_dir, "checkpoint.pt")
+    checkpoint_path = os.path.join(os.path.dirname(path), "checkpoint.pt")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"DDPM on {args.device} ({args.precision}): {parameters:,} parameters")
 
     if args.resume:
-        saved = read(path, needed=[*parts, "rng"])
-        for name, value in checkpoint["options"].items():
-            if saved["options"][name] != value:
-                option = f"--{name.replace('_', '-')} {saved['options'][name]}"
-                raise OSError(f"{path} was trained with {option}, not {value}: resume with the same options")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        torch.manual_seed(args.seed + len(saved["losses"]))  # a GPU's generator: not the first batches again
-        torch.set_rng_state(saved["rng"])  # the CPU's generator: as if there had been no interruption
-        checkpoint, losses, seconds = saved, saved["losses"], saved["seconds"]
+        try:
+            saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            for name, value in options.items():
+                if (before := saved["options"][name]) != value:
+                    raise ValueError(f"trained with {name} {before}, not {value}: give the same options")
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+        except Exception as error:
+            raise unreadable(checkpoint_path, error) from error
+        losses, seconds = saved["losses"], saved["seconds"]
         print(f"Resuming after epoch {len(losses)}")
 
     for epoch in range(len(losses), args.epochs):
+        torch.manual_seed(args.seed + epoch + 1)  # a resumed run draws what an uninterrupted one draws
         start = time.perf_counter()
-        train_loss = torch.zeros((), device=ddpm.device)
-        for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
-            x0 = 2.0 * x.to(ddpm.device) - 1.0
-            with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-                train_loss += ddpm.train_step(x0, optimizer)
-            scheduler.step()
-            update_ema(ema, model, scheduler.last_epoch)  # which counts steps here
-        avg_loss = train_loss.item() / len(dataloader)
+        avg_loss = train_epoch(ddpm, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         if not math.isfinite(avg_loss):
             raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
         print(f"Epoch [{epoch + 1}/{args.epochs}] Average loss: {avg_loss:.4f}", flush=True)
         losses.append(avg_loss)
         seconds += time.perf_counter() - start
         if epoch == 0:
-            guide.load_state_dict(ema.state_dict())
-        checkpoint |= {"losses": losses, "seconds": seconds, "rng": torch.get_rng_state()}
-        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-        save(checkpoint, path)
-
-    path = os.path.join(args.save_dir, "ddpm.pt")
-    keep = "script", "options", "losses", "seconds", "ema", "guide"
-    save({name: checkpoint[name] for name in keep}, path)
+            guide.load_state_dict(ema.module.state_dict())
+        save(options, losses, seconds, parts, checkpoint_path)
+    save(options, losses, seconds, {"ema": ema, "guide": guide}, path)
     print(f"Model saved: {path}")
+    return load(path, args.device)
 
 
-def save(saved, path):
-    """Write the file and rename it once it is complete: a kill or a full disk leaves the earlier file."""
+def save(options, losses, seconds, parts, path):
+    """Write a file and rename it once it is complete: a kill or a full disk leaves the earlier file."""
+    saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
+    saved |= {name: part.state_dict() for name, part in parts.items()}
+    tmp = f"{path}.{os.getpid()}.tmp"  # two runs at once don't write the same file
     try:
-        torch.save(saved, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
-        raise OSError(f"can't write {path}: is the disk full?") from error
-
-
-def read(path, needed=("ema", "guide")):
-    """The contents of ddpm.pt or checkpoint.pt. OSError if it is missing, damaged or another file."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["script"] != "ddpm" or not set(needed) <= set(saved):
-            raise ValueError(saved["script"])
-    except Exception as error:  # an arbitrary file can fail in any way
-        raise OSError(f"{path} is missing, damaged, or not a model of ddpm.py") from error
-    return saved
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        torch.save(saved, tmp)
+        os.replace(tmp, path)
+    except RuntimeError as error:  # torch's own, instead of an OSError
+        raise OSError(f"can't write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
 
 
 def load(path, device="cpu"):
-    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model."""
-    saved = read(path)
-    ddpm = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
-    guide = copy.deepcopy(ddpm.model)
-    ddpm.model.load_state_dict(saved["ema"])
-    guide.load_state_dict(saved["guide"])
-    ddpm.losses, ddpm.seconds = saved["losses"], saved["seconds"]
+    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model.
+
+    The DDPM also has the options, losses and seconds of its training. Raises OSError if the file is missing,
+    damaged or another one.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["script"] != "ddpm":
+            raise ValueError(f"it is a model of {saved['script']}.py")
+        ddpm = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
+        ema, guide = build_ema(ddpm.model), copy.deepcopy(ddpm.model)
+        ema.load_state_dict(saved["ema"])
+        guide.load_state_dict(saved["guide"])
+        ddpm.model = ema.module
+        ddpm.options, ddpm.losses, ddpm.seconds = saved["options"], saved["losses"], saved["seconds"]
+    except Exception as error:  # an arbitrary file can fail in any way
+        raise unreadable(path, error) from error
     return ddpm, guide
+
+
+def unreadable(path, error):
+    """The OSError that says in one line why the file can't be loaded."""
+    if isinstance(error, FileNotFoundError):
+        return OSError(f"there is no {path}")
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return OSError(f"can't load {path}: {reason[:300]}")
 
 
 # ---- The figures and the command line
 
 
-def plot_samples(ddpm, guide, test_loader, args):
-    """Draw the report's figure 4: from a digit to noise, from noise to digits (sample_fast), 64 samples."""
+def plot_noising(ddpm, x0, save_dir="results"):
+    """Draw the image x0, (1, 1, 28, 28) in [-1, 1], on its way to noise (report, figure 4 a)."""
     times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(ddpm.device)
-    x0 = 2.0 * next(iter(test_loader))[0][:1].to(ddpm.device) - 1.0
     x_t = ddpm.forward_process(x0.expand(10, -1, -1, -1), times)
     fig = common.plot_images((x_t + 1) / 2, 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
     for ax, t in zip(fig.axes, times.tolist()):
         ax.set_title(f"t={t}", fontsize=9)
-    common.save_figure(fig, args.save_dir, "noising.png")
+    common.save_figure(fig, save_dir, "noising.png")
 
-    xs = sample_fast(ddpm, guide, 6, args.steps, args.guidance)
+
+def plot_denoising(xs, save_dir="results"):
+    """Draw n images on their way from noise, a row each (report, figure 4 b). xs: the list of sample_fast."""
     stages = torch.linspace(0, len(xs) - 1, 10).round().long().tolist()
-    images = torch.stack([xs[i] for i in stages], dim=1).flatten(0, 1)  # (6 * 10, 1, 28, 28)
-    fig = common.plot_images((images + 1) / 2, 6, 10, (10, 6.3), "Évolution du bruit vers le chiffre")
-    common.save_figure(fig, args.save_dir, "denoising.png")
-
-    def sample(n):
-        if args.sampler == "ddpm":
-            return ddpm.sample(n)
-        return (sample_fast(ddpm, guide, n, args.steps, args.guidance)[-1].clamp(-1, 1) + 1) / 2
-
-    title = "Exemples de chiffres MNIST générés par le modèle DDPM"
-    common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
-
-    if args.num_samples:
-        batches = torch.arange(args.num_samples).split(100)  # to save memory
-        path = os.path.join(args.save_dir, "samples.npy")
-        np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
-        print(f"Samples saved: {path}")
+    images = torch.stack([xs[i] for i in stages], dim=1).flatten(0, 1)  # (n * 10, 1, 28, 28)
+    n = len(xs[0])
+    fig = common.plot_images((images + 1) / 2, n, 10, (10, n + 0.3), "Évolution du bruit vers le chiffre")
+    common.save_figure(fig, save_dir, "denoising.png")
 
 
 def has_bf16(device):
     """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
@@ -477,22 +526,26 @@ def parse_args(argv=None):
     add("--device", default=device, help="a torch device")
     precision = "auto: bf16 if the hardware has it (faster), else fp32"
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
-    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing")
-    add("--save-dir", default="results/ddpm", help="folder of the model and the figures")
+    folder = os.path.expanduser  # "~" is the home folder
+    add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
+    add("--save-dir", type=folder, default="results/ddpm", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="resume from checkpoint.pt, after its last epoch")
-    mode.add_argument("--load", metavar="PATH", help="no training: draw the figures of a saved model")
+    mode.add_argument("--load", type=folder, metavar="PATH", help="no training: figures of a saved model")
     args = parser.parse_args(argv)
 
-    most_steps = args.timesteps if args.load is None else math.inf  # a loaded model has its own
     for option, valid, takes in (
         ("--epochs", args.epochs >= 1, "a whole number >= 1"),
         ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        ("--seed", 0 <= args.seed < 2**32, "a whole number from 0 to 2**32 - 1"),
+        (
+            "--seed",
+            -(2**63) <= args.seed < 2**64 - args.epochs,
+            "a whole number from -2**63 to 2**64 - epochs",
+        ),
         ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
-        ("--steps", 1 <= args.steps <= most_steps, "a whole number from 1 to --timesteps"),
+        ("--steps", args.steps >= 1, "a whole number >= 1"),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
         ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
         ("--limit", args.limit >= 1, "a whole number >= 1"),
@@ -516,17 +569,29 @@ def main(argv=None):
     common.make_folder(args.save_dir)
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.load is None:
-        train_ddpm(args, train_loader)
-        args.load = os.path.join(args.save_dir, "ddpm.pt")
-    ddpm, guide = load(args.load, args.device)
-    if args.steps > ddpm.timesteps:
-        raise OSError(f"{args.load} has {ddpm.timesteps} time steps: give --steps {ddpm.timesteps} or fewer")
+        ddpm, guide = fit(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
+    else:
+        ddpm, guide = load(args.load, args.device)
+
+    def sample(n):
+        if args.sampler == "ddpm":
+            return ddpm.sample(n)
+        return (sample_fast(ddpm, guide, n, args.steps, args.guidance)[-1].clamp(-1, 1) + 1) / 2
 
     torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
     with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         print(f"Held-out loss: {evaluate(ddpm, test_loader):.4f}")
         common.plot_losses(ddpm.losses, args.save_dir)
-        plot_samples(ddpm, guide, test_loader, args)
+        x, _ = next(iter(test_loader))
+        plot_noising(ddpm, 2.0 * x[:1].to(ddpm.device) - 1.0, args.save_dir)
+        plot_denoising(sample_fast(ddpm, guide, 6, args.steps, args.guidance), args.save_dir)
+        title = "Exemples de chiffres MNIST générés par le modèle DDPM"
+        common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
+        if args.num_samples:
+            batches = torch.arange(args.num_samples).split(100)  # to save memory
+            path = os.path.join(args.save_dir, "samples.npy")
+            np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
+            print(f"Samples saved: {path}")
 
 
 if __name__ == "__main__":
