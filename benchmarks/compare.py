@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,67 +37,72 @@ DEFAULTS = {
 # ---- The models
 
 
-def load(path, device):
-    """A VAE, a pair (DDPM, guiding model), or images, (n, 1, 28, 28). OSError if the file is none of them."""
+class Model(NamedTuple):
+    """What is compared: a VAE, a DDPM, or images, which are (n, 1, 28, 28) in [0, 1]."""
+
+    name: str
+    images: torch.Tensor = None  # instead of all that follows
+    samplers: dict = {}  # {label: function from n to n images}; the first one is the default
+    network: nn.Module = None
+    training: object = None  # has the options and the seconds of the training
+    process: ddpm.DDPM = None  # of a DDPM only
+
+
+def load(name, path, device):
+    """The Model saved at `path`. Raises OSError if the file is missing, damaged or none of these."""
     if not os.path.exists(path):
-        how = f": make it with {DEFAULTS[path]}" if path in DEFAULTS else ""
-        raise OSError(f"there is no {path}{how}")
+        how = f": make it with {DEFAULTS[path]}, or start where results/ is" if path in DEFAULTS else ""
+        raise OSError(f"there is no {path} in {os.getcwd()}{how}")
     if path.endswith(".npy"):
         try:
             images = torch.from_numpy(np.load(path)).float()
         except Exception as error:
-            raise OSError(f"{path} is damaged, or no array of numbers") from error
+            raise ddpm.unreadable(path, error) from error
         if images.shape[1:] != (1, 28, 28) or len(images) < 100:
             raise OSError(f"{path} is an array of {tuple(images.shape)}: give (n, 1, 28, 28), n at least 100")
         if not (0 <= images.min() and images.max() <= 1):  # true of NaN, too
             raise OSError(f"{path} has pixels outside [0, 1]")
-        return images
-    for script in dense_vae, conv_vae, ddpm:
-        try:
-            return script.load(path, device)
-        except OSError:  # the next script's, perhaps
-            pass
-    raise OSError(f"{path} is damaged, or not a model of these scripts")
+        return Model(name, images)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script = {"dense_vae": dense_vae, "conv_vae": conv_vae, "ddpm": ddpm}[saved["script"]]
+    except Exception as error:
+        raise ddpm.unreadable(path, error) from error
+    if script is not ddpm:
+        vae = script.load(path, device)
+        d = vae.options["latent_dim"]
+        return Model(name, None, {"": lambda n: common.generate_samples(vae, d, n, device)}, vae, vae)
+
+    process, guide = ddpm.load(path, device)
+
+    def fast(steps):
+        return lambda n: (ddpm.sample_fast(process, guide, n, steps)[-1].clamp(-1, 1) + 1) / 2
+
+    most = process.timesteps
+    samplers = {f"{min(steps, most)} steps": fast(steps) for steps in (30, 10, 20, 50)}
+    samplers[f"{most} steps, the report's sampler"] = process.sample
+    return Model(name, None, samplers, process.model, process, process)
 
 
-def generate(model, n, steps=30):
-    """`n` images, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took.
-
-    steps: of the DDPM's sample_fast; None stands for the report's sampler.
-    """
-    images, start = [], time.perf_counter()
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else model[0].device
-    bf16 = conv_vae.has_bf16(str(device))
-    for batch in tqdm(torch.arange(n).split(100), desc="Samples", leave=False):
-        if isinstance(model, nn.Module):
-            images.append(common.generate_samples(model, model.options["latent_dim"], len(batch), device))
-            continue
-        process, guide = model
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            if steps is None:
-                images.append(process.sample(len(batch)).cpu())
-            else:
-                x0 = ddpm.sample_fast(process, guide, len(batch), min(steps, process.timesteps))[-1]
-                images.append((x0.clamp(-1, 1) + 1).cpu() / 2)
-    return torch.cat(images), 1000 * (time.perf_counter() - start) / n
+def generate(sample, n, device):
+    """`n` images of a sampler, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took."""
+    start = time.perf_counter()
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=conv_vae.has_bf16(device)):
+        batches = tqdm(torch.arange(n).split(100), desc="Samples", leave=False)
+        images = torch.cat([sample(len(batch)).float().cpu() for batch in batches])
+    return images, 1000 * (time.perf_counter() - start) / n
 
 
 # ---- The quality of the images
 
 
-def get_classifier(train_loader, path, device, num_epochs=4):
-    """A small convolutional classifier, saved at `path`, or trained and saved there."""
+def train_classifier(train_loader, device, num_epochs=4):
+    """A small convolutional classifier of digits; its last layer but one gives the features, 64 numbers."""
     layers = []
     for i, o in (1, 32), (32, 64):
         layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Flatten(), nn.Linear(64 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, 10)]
     model = nn.Sequential(*layers).to(device)
-    if os.path.exists(path):
-        try:
-            model.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-            return model.eval()
-        except Exception as error:
-            raise OSError(f"{path} is damaged: delete it") from error
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     total_steps = num_epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=total_steps)
@@ -106,7 +112,6 @@ def get_classifier(train_loader, path, device, num_epochs=4):
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             scheduler.step()
-    ddpm.save(model.state_dict(), path)
     return model.eval()
 
 
@@ -186,13 +191,15 @@ def probe(train_features, train_labels, test_features, test_labels):
     return scores
 
 
-def compare_representations(vaes, process, train, test, args):
-    """Print how well a digit can be read from each representation; draw two figures.
+def compare_representations(process, vaes, train, test, seed):
+    """Measure and print how well a digit can be read from each representation.
 
-    train, test: (images, labels) of the two splits. representations.png shows the accuracies,
-    latent_spaces.png the t-SNE of the bottleneck at the t that a linear probe reads best, and of a VAE's mu.
+    train, test: (images, labels) of the two splits. Returns the times t; the accuracies {name: [(linear,
+    nearest) at each t]} of the U-Net, of an untrained one and of the pixels, on images noised up to t; those
+    of mu, {name: (linear, nearest)}; and for latent_spaces.png {title: representation of the test images}:
+    the U-Net's at the t that a linear probe reads best, and the last VAE's mu.
     """
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     unets = {
         "U-Net": getattr(process.model, "unet", process.model),
         "untrained U-Net": ddpm.build_unet().to(process.device),
@@ -200,9 +207,9 @@ def compare_representations(vaes, process, train, test, args):
     curves = {"U-Net": [], "untrained U-Net": [], "pixels": []}
     shares = 0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7
     times = sorted({round(share * (process.timesteps - 1)) for share in shares})
-    best, best_t, spaces = 0, 0, {}
+    best, spaces = 0, {}
     for t in tqdm(times, desc="Representations", leave=False):
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         x_t = []
         for images, _ in train, test:
             t_batch = torch.full((len(images),), t, device=process.device)
@@ -215,63 +222,64 @@ def compare_representations(vaes, process, train, test, args):
             curve.append(probe(features[0], train[1], features[1], test[1]))
             print(f"{name} at t={t}: linear probe {curve[-1][0]:.2%}, nearest neighbours {curve[-1][1]:.2%}")
             if name == "U-Net" and curve[-1][0] > best:
-                best, best_t, spaces["U-Net"] = curve[-1][0], t, features[1]
+                best, spaces = curve[-1][0], {f"Bottleneck of the U-Net at t={t}": features[1]}
 
     lines = {}
-    for name, vae in vaes:
-        features = [encode(vae, images) for images, _ in (train, test)]
-        lines[name] = probe(features[0], train[1], features[1], test[1])
-        print(f"{name}, mu: linear probe {lines[name][0]:.2%}, nearest neighbours {lines[name][1]:.2%}")
-        spaces["VAE"] = features[1]
+    for vae in vaes:
+        features = [encode(vae.network, images) for images, _ in (train, test)]
+        lines[f"{vae.name}, mu"] = linear, nearest = probe(features[0], train[1], features[1], test[1])
+        print(f"{vae.name}, mu: linear probe {linear:.2%}, nearest neighbours {nearest:.2%}")
+    if vaes:
+        spaces[f"mu of {vaes[-1].name}"] = features[1]
+    return times, curves, lines, spaces
 
+
+def plot_representations(times, curves, lines, save_dir):
+    """Draw the accuracies of compare_representations: curves over t, and a dashed line for each mu."""
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for i, (ax, title) in enumerate(zip(axes, ("Linear probe", "5 nearest neighbours"))):
         for name, curve in curves.items():
             ax.plot(times, [accuracy[i] for accuracy in curve], "o-", label=name)
         for j, (name, accuracy) in enumerate(lines.items()):
-            ax.axhline(accuracy[i], color=f"C{3 + j}", linestyle="--", label=f"{name}, mu")
+            ax.axhline(accuracy[i], color=f"C{3 + j}", linestyle="--", label=name)
         ax.set_xlabel("t of the noised image")
         ax.set_title(title)
     axes[0].set_ylabel("Accuracy on the test images")
     axes[0].legend()
-    common.save_figure(fig, args.save_dir, "representations.png")
+    common.save_figure(fig, save_dir, "representations.png")
 
+
+def plot_latent_spaces(spaces, labels, save_dir):
+    """Draw the t-SNE of each representation, {title: (n, d)}, coloured by digit."""
     size = 6.5 * len(spaces), 5.5
     fig, axes = plt.subplots(1, len(spaces), figsize=size, layout="constrained", squeeze=False)
-    titles = {"U-Net": f"Bottleneck of the U-Net at t={best_t}"}
-    titles["VAE"] = f"mu of {vaes[-1][0]}" if vaes else ""
-    for ax, (name, features) in zip(axes[0], spaces.items()):
+    for ax, (title, features) in zip(axes[0], spaces.items()):
         points = TSNE(2, init="random", random_state=0).fit_transform(features.numpy())
-        scatter = ax.scatter(*points.T, c=test[1].numpy(), cmap="tab10", s=4, vmin=-0.5, vmax=9.5)
-        ax.set(title=titles[name], xlabel="t-SNE 1", ylabel="t-SNE 2")
+        scatter = ax.scatter(*points.T, c=labels.numpy(), cmap="tab10", s=4, vmin=-0.5, vmax=9.5)
+        ax.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2")
     fig.colorbar(scatter, ax=axes[0], label="Digit", ticks=range(10))
-    common.save_figure(fig, args.save_dir, "latent_spaces.png")
+    common.save_figure(fig, save_dir, "latent_spaces.png")
 
 
 # ---- The comparison
 
 
-def compare_images(models, classifier, real, train, test, args):
-    """A row of the table for each model, for digits and for noise; and {name: (images, ms per image)}.
+def compare_images(models, classifier, real, train, n, seed, device):
+    """A row of the table for each model, and {name: (images, ms per image)}. real: the test images' features.
 
-    real: the features of the test images. over_99%: the share whose most probable digit has more than 99%;
-    entropy: of the shares of the predicted digits, at most ln 10 = 2.303; nearest: nearest_training_image.
+    over_99%: the share whose most probable digit has more than 99%; entropy: of the shares of the predicted
+    digits, at most ln 10 = 2.303; nearest: nearest_training_image.
     """
-    torch.manual_seed(args.seed)
-    n = args.num_samples
-    images_only = {"test digits": test[:n], "training digits": train[torch.randperm(len(train))[:n]]}
-    images_only["noise"] = torch.rand(n, 1, 28, 28)
     rows, results = [], {}
-    for name, model in [*images_only.items(), *models]:
-        row, ms = {"model": name, "parameters": "", "train_s": "", "ms_per_image": ""}, None
-        if isinstance(model, torch.Tensor):
-            images = model[:n]
+    for model in models:
+        row, ms = {"model": model.name, "parameters": "", "train_s": "", "ms_per_image": ""}, None
+        if model.images is not None:
+            images = model.images[:n]
         else:
-            torch.manual_seed(args.seed)
-            images, ms = generate(model, n)
-            trained, network = (model[0], model[0].model) if isinstance(model, tuple) else (model, model)
-            row["parameters"] = sum(p.numel() for p in network.parameters())
-            row |= {"train_s": f"{trained.seconds:.0f}", "ms_per_image": f"{ms:.2f}"}
+            torch.manual_seed(seed)
+            images, ms = generate(next(iter(model.samplers.values())), n, device)
+            row["parameters"] = sum(p.numel() for p in model.network.parameters())
+            row |= {"train_s": f"{model.training.seconds:.0f}", "ms_per_image": f"{ms:.2f}"}
         features, probabilities = classify(classifier, images)
         shares = probabilities.argmax(1).bincount(minlength=10) / len(images)
         precision, recall = precision_recall(real[: len(images)], features)
@@ -285,39 +293,54 @@ def compare_images(models, classifier, real, train, test, args):
             "nearest": f"{nearest_training_image(images, train):.2f}",
         }
         rows.append(row)
-        results[name] = images, ms
+        results[model.name] = images, ms
     return rows, results
 
 
-def plot_quality_cost(models, results, classifier, real, train, args):
-    """Draw the Fréchet distance against the milliseconds per image: VAEs, and the DDPM by several samplers.
+def plot_images(results, save_dir):
+    """Draw the first twenty images of each model, a row each."""
+    fig, axes = plt.subplots(len(results), 1, figsize=(11, 0.75 * len(results)), layout="constrained")
+    for ax, (name, (images, _)) in zip(axes, results.items()):
+        ax.imshow(common.tile(images[:20], n_rows=1), cmap="gray", vmin=0, vmax=1)
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center")
+    common.save_figure(fig, save_dir, "compare.png")
 
-    The distance is larger for fewer samples: that of as many training digits is subtracted, and its standard
-    deviation drawn as the error bar. 2,000 samples each, a tenth by the report's sampler, the slowest.
-    real: the features of the test images.
+
+def compare_cost(models, results, classifier, real, train, n, seed, device):
+    """Measure and print each sampler's time and distance; returns {name: [(ms, distance, sd, label)]}.
+
+    The Fréchet distance is larger for fewer samples. So that of as many training digits is subtracted; sd is
+    its standard deviation. n samples each, a tenth by the report's sampler, the slowest. results: of
+    compare_images.
     """
-    n = min(args.num_samples, 2000)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     digits, _ = classify(classifier, train[torch.randperm(len(train))[:20000]])
-    fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name, model in models:
-        runs, points = {"": results[name]}, []
-        if isinstance(model, tuple):
-            timesteps = model[0].timesteps
-            runs = {f"{min(30, timesteps)} steps": results[name]}
-            for steps in [steps for steps in (10, 20, 50) if steps < timesteps] + [None]:
-                torch.manual_seed(args.seed)
-                label = f"{steps} steps" if steps else f"{timesteps} steps ({n // 10} samples)"
-                runs[label] = generate(model, n if steps else n // 10, steps)
-        for label, (images, ms) in runs.items():
+    points = {}
+    for model in models:
+        points[model.name] = []
+        for i, (label, sample) in enumerate(model.samplers.items()):
+            torch.manual_seed(seed)
+            if i == 0:
+                images, ms = results[model.name]
+            else:
+                slow = sample == model.process.sample
+                images, ms = generate(sample, n // 10 if slow else n, device)
             images = images[:n]
-            parts = digits.split(len(images))
-            of_digits = [frechet(part, real) for part in parts if len(part) == len(images)]
+            parts = [part for part in digits.split(len(images)) if len(part) == len(images)]
+            of_digits = [frechet(part, real) for part in parts]
             distance = frechet(classify(classifier, images)[0], real) - np.mean(of_digits)
-            points.append((ms, distance, np.std(of_digits), label))
-            print(f"{name} {label}: {len(images)} samples, {ms:.2f} ms per image, ", end="")
-            print(f"Fréchet distance of digits + {distance:.2f} (standard deviation {points[-1][2]:.2f})")
-        x, y, error, labels = zip(*sorted(points))
+            points[model.name].append((ms, distance, np.std(of_digits), label))
+            print(f"{model.name} {label}: {len(images)} samples, {ms:.2f} ms per image, ", end="")
+            print(f"Fréchet distance of digits + {distance:.2f} (standard deviation {np.std(of_digits):.2f})")
+    return points
+
+
+def plot_quality_cost(points, save_dir):
+    """Draw the points of compare_cost, the distance against the time, with its standard deviation."""
+    fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name, of_model in points.items():
+        x, y, error, labels = zip(*sorted(of_model))
         ax.errorbar(x, y, error, fmt="o", label=name)
         for i, label in enumerate(labels):  # left and right in turn, as they are close
             side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}
@@ -327,24 +350,25 @@ def plot_quality_cost(models, results, classifier, real, train, args):
     ax.axhline(0, color="gray", linestyle="--", label="training digits")
     ax.set_ylabel("Fréchet distance - that of as many training digits")
     ax.legend()
-    common.save_figure(fig, args.save_dir, "quality_cost.png")
+    common.save_figure(fig, save_dir, "quality_cost.png")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     add = parser.add_argument
-    add("paths", nargs="*", default=list(DEFAULTS), help="saved models, or samples.npy")
+    folder = os.path.expanduser  # "~" is the home folder
+    add("paths", nargs="*", type=folder, default=list(DEFAULTS), help="saved models, or samples.npy")
     add("--num-samples", type=int, default=10000, help="images of each model (default: 10000)")
     add("--seed", type=int, default=0, help="seed of the samples and the classifier (default: 0)")
     add("--device", default=device, help="a torch device")
-    add("--data-dir", default="data", help="folder of MNIST, downloaded if missing (default: data)")
-    add("--save-dir", default="results/compare", help="folder of the figures (default: results/compare)")
+    add("--data-dir", type=folder, default="data", help="folder of MNIST (default: data)")
+    add("--save-dir", type=folder, default="results/compare", help="default: results/compare")
     args = parser.parse_args(argv)
     if args.num_samples < 100:
         parser.error("argument --num-samples: takes a whole number >= 100")
-    if not 0 <= args.seed < 2**32:
-        parser.error("argument --seed: takes a whole number from 0 to 2**32 - 1")
+    if not -(2**63) <= args.seed < 2**64:
+        parser.error("argument --seed: takes a whole number from -2**63 to 2**64 - 1")
     if len(set(args.paths)) < len(args.paths):
         parser.error("argument paths: takes each file once")
     try:
@@ -361,38 +385,44 @@ def main(argv=None):
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.paths]
     if len(set(names)) < len(names):
         names = args.paths
-    models = [(name, load(path, args.device)) for name, path in zip(names, args.paths)]
+    models = [load(name, path, args.device) for name, path in zip(names, args.paths)]
     loaders = common.load_mnist(args.data_dir, device=args.device)
     (train, train_labels), (test, test_labels) = (loader.dataset.tensors for loader in loaders)
+    for model, path in zip(models, args.paths):
+        options = model.training.options if model.images is None else None
+        if options and options["pixel_sum"] != train[: options["limit"]].sum().item():
+            raise OSError(f"{path} was trained on other images than those in {args.data_dir}")
     train, test = train.cpu() / 255, test.cpu() / 255
+    train_labels, test_labels = train_labels.cpu(), test_labels.cpu()
 
     torch.manual_seed(args.seed)
-    classifier = get_classifier(loaders[0], os.path.join(args.save_dir, "classifier.pt"), args.device)
+    classifier = train_classifier(loaders[0], args.device)
     real, probabilities = classify(classifier, test)
-    accuracy = (probabilities.argmax(1) == test_labels.cpu()).float().mean()
+    accuracy = (probabilities.argmax(1) == test_labels).float().mean()
     print(f"Classifier: {accuracy:.2%} of the test images right")
 
-    rows, results = compare_images(models, classifier, real, train, test, args)
+    torch.manual_seed(args.seed)
+    n = args.num_samples
+    digits = Model("test digits", test[:n]), Model("training digits", train[torch.randperm(len(train))[:n]])
+    everything = [*digits, Model("noise", torch.rand(n, 1, 28, 28)), *models]
+    rows, results = compare_images(everything, classifier, real, train, n, args.seed, args.device)
     for row in [{column: column for column in rows[0]}, *rows]:
         print("".join(f"{value:>{22 if column == 'model' else 13}}" for column, value in row.items()))
     common.save_table(rows, args.save_dir, "compare.csv")
+    plot_images(results, args.save_dir)
 
-    fig, axes = plt.subplots(len(results), 1, figsize=(11, 0.75 * len(results)), layout="constrained")
-    for ax, (name, (images, _)) in zip(axes, results.items()):
-        ax.imshow(common.tile(images[:20], n_rows=1), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
-    common.save_figure(fig, args.save_dir, "compare.png")
-
-    models = [(name, model) for name, model in models if not isinstance(model, torch.Tensor)]
+    models = [model for model in models if model.images is None]
     if models:
-        plot_quality_cost(models, results, classifier, real, train, args)
-    vaes = [(name, model) for name, model in models if isinstance(model, nn.Module)]
-    ddpms = [model for _, model in models if isinstance(model, tuple)]
-    if ddpms:
-        n = min(5000, args.num_samples)
-        splits = (train[:n], train_labels[:n].cpu()), (test[:n], test_labels[:n].cpu())
-        compare_representations(vaes, ddpms[0][0], *splits, args)
+        points = compare_cost(models, results, classifier, real, train, min(n, 2000), args.seed, args.device)
+        plot_quality_cost(points, args.save_dir)
+    vaes = [model for model in models if model.process is None]
+    processes = [model.process for model in models if model.process is not None]
+    if processes:
+        n = min(n, 5000)
+        splits = (train[:n], train_labels[:n]), (test[:n], test_labels[:n])
+        times, curves, lines, spaces = compare_representations(processes[0], vaes, *splits, args.seed)
+        plot_representations(times, curves, lines, args.save_dir)
+        plot_latent_spaces(spaces, splits[1][1], args.save_dir)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The mathematics of the VAEs, of their data and of the measures."""
+
+import compare
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
+from torch.utils.data import DataLoader
+
+import beta_study
+import common
+import conv_vae
+import dense_vae
+from test_shapes import count, write_mnist
+
+both = pytest.mark.parametrize("script", [dense_vae, conv_vae])
+
+
+@pytest.mark.parametrize("d", dense_vae.LATENT_DIMS)
+def test_parameters_counted_by_hand(d):
+    for a, b in dense_vae.ARCHITECTURES:  # the decoder's layers
+        encoder = (784 * b + b) + (b * a + a) + 2 * (a * d + d)
+        decoder = (d * a + a) + (a * b + b) + (b * 784 + 784)
+        assert count(dense_vae.build_vae(d, [a, b])) == encoder + decoder
+    for channels in conv_vae.ARCHITECTURES:
+        a, b, *c = channels
+        layers = (16 * a + a) + (16 * a * b + b) + (16 * b * a + a) + (16 * a + 1)
+        layers += sum((9 * b * c + c) + (9 * c * b + b) for c in c)
+        flat = 25 * c[0] if c else 49 * b
+        assert count(conv_vae.build_vae(d, channels)) == layers + 2 * (flat * d + d) + (d * flat + flat)
+
+
+def test_dense_layers_of_another_size():
+    vae = dense_vae.VAE(dense_vae.DenseEncoder(1024, 3, []), dense_vae.DenseDecoder(3, 1024, [8]))
+    assert vae(torch.rand(2, 1, 32, 32))[0].shape == (2, 1, 32, 32)
+    with pytest.raises(ValueError, match="square"):
+        dense_vae.DenseDecoder(3, 2 * 784)
+
+
+@both
+def test_reparameterize_has_the_mean_and_the_variance(script):
+    torch.manual_seed(0)
+    mu, logvar = torch.tensor([[0.0, -1.0, 3.0]]), torch.tensor([[0.0, 2.0, -4.0]])
+    z = script.VAE(None, None).reparameterize(mu.expand(100_000, 3), logvar.expand(100_000, 3))
+    std = logvar.div(2).exp()
+    assert torch.all((z.mean(0) - mu).abs() < 0.02 * std)
+    assert torch.all((z.std(0) / std - 1).abs() < 0.02)
+
+
+@both
+def test_gradients_flow_through_z(script):
+    model = script.build_vae(3)
+    model(torch.rand(4, 1, 28, 28))[0].sum().backward()  # the reconstruction alone, without the KL
+    assert model.encoder.fc_mu.weight.grad.abs().sum() > 0
+    assert model.encoder.fc_logvar.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.5])
+def test_loss_against_torch_distributions(beta):
+    mu, logvar = torch.randn(2, 4, 3)
+    x, x_recon = torch.rand(2, 4, 1, 28, 28)
+    kl = kl_divergence(Normal(mu, logvar.div(2).exp()), Normal(0.0, 1.0)).sum()
+    expected = F.binary_cross_entropy(x_recon, x, reduction="sum") + beta * kl
+    torch.testing.assert_close(common.vae_loss(x_recon, x, mu, logvar, beta), expected)
+
+
+def test_loss_of_a_diverged_model_is_nan():
+    x, mu = torch.rand(2, 1, 28, 28), torch.full((2, 3), torch.nan)
+    assert common.vae_loss(x * torch.nan, x, mu, mu).isnan()  # and no assertion of BCE's
+
+
+@both
+def test_training_learns_and_reports_a_nan(script, mnist, capsys):
+    torch.manual_seed(0)
+    loader, _ = common.load_mnist(mnist, batch_size=20)
+    model = script.build_vae(5)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    before = sum(common.evaluate(model, loader))
+    losses = script.train_vae(model, loader, optimizer, 4)
+    assert sum(common.evaluate(model, loader)) < 0.8 * before
+    assert f"Epoch [4/4] Average loss: {losses[3]:.4f}" in capsys.readouterr().out and len(losses) == 4
+    model.encoder.fc_mu.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="--lr"):
+        common.evaluate(model, loader)
+    with pytest.raises(FloatingPointError, match="--lr"):
+        script.train_vae(model, loader, optimizer)
+
+
+def test_loader(tmp_path):
+    images, labels = write_mnist(tmp_path, 300, 50)
+    train, test = common.load_mnist(tmp_path, batch_size=128)
+    assert len(train) == 3 and len(train.dataset) == 300
+    digits = {(image.tobytes(), label) for image, label in zip(images[:300], labels[:300].tolist())}
+    passes = [list(train), list(train)]
+    for batches in passes:
+        assert [len(x) for x, _ in batches] == [128, 128, 44]
+        x, y = (torch.cat(tensors) for tensors in zip(*batches))
+        assert x.dtype == torch.float32 and y.dtype == torch.int64 and x.shape == (300, 1, 28, 28)
+        assert x.min() == 0 and x.max() == 1
+        assert {(i.tobytes(), label) for i, label in zip(x.mul(255).byte().numpy(), y.tolist())} == digits
+    assert not torch.equal(passes[0][0][1], passes[1][0][1])  # a new order
+    assert torch.equal(torch.cat([y for _, y in test]), torch.from_numpy(labels[300:350]).long())
+    limited, whole_test = common.load_mnist(tmp_path, limit=20)
+    assert (len(limited.dataset), len(whole_test.dataset)) == (20, 50)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_figures_with_a_plain_dataloader(mnist, tmp_path, d):
+    test = common.load_mnist(mnist)[1].dataset.tensors
+    loader = DataLoader([(x / 255, int(y)) for x, y in zip(*test)], batch_size=8)
+    model, kwargs = dense_vae.build_vae(d, [8]), {"latent_dim": d, "save_dir": tmp_path}
+    common.plot_latent_space(model, loader, **kwargs)
+    common.plot_generated_images(common.generate_samples(model, d), **kwargs)
+    common.plot_reconstructions(model, loader, **kwargs)
+    common.plot_interpolation(model, **kwargs)
+    for name in "images_gen", "reconstructions", "interpolation", "latent_space":
+        assert (tmp_path / f"{name}_latent{d}.png").exists()
+
+
+def test_interpolation():
+    z1, z2 = torch.randn(2, 7)
+    z = common.interpolate_points(z1, z2, n_steps=5)
+    torch.testing.assert_close(z[[0, 2, 4]], torch.stack([z1, (z1 + z2) / 2, z2]))
+
+
+def test_tile():
+    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 2, 3)
+    tiled = common.tile(images, n_rows=2)
+    assert tiled.shape == (4, 9)
+    assert tiled[::2, ::3].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_active_units():
+    torch.manual_seed(0)
+    means = torch.randn(50_000, 4) * torch.tensor([1.0, 0.2, 0.05, 0.0]) + 3  # variances 1, 0.04, 0.0025, 0
+    assert beta_study.active_units(means) == 2
+
+
+@pytest.mark.parametrize("d", [1, 5])
+def test_kl_of_a_gaussian(d):
+    torch.manual_seed(0)
+    assert abs(beta_study.gaussian_kl(torch.randn(100_000, d))) < 1e-3
+    codes = 2 * torch.randn(100_000, d) + 1  # 0.5 * (sigma^2 + mu^2 - 1 - ln sigma^2) per dimension
+    assert abs(beta_study.gaussian_kl(codes) - d * 0.5 * (4 + 1 - 1 - np.log(4))) < 0.05
+
+
+def test_remote_samples():
+    torch.manual_seed(0)
+    square = torch.rand(2, 5000, 2) - 0.5  # codes that fill a square of side 1
+    prior = torch.cat([torch.rand(300, 2) - 0.5, torch.tensor([[9.0, 0.0]]), torch.rand(100, 2) + 3])
+    share, remote = beta_study.remote_samples(prior, *square)
+    assert abs(share - 101 / 401) < 0.03 and torch.equal(remote[0], prior[300])
+
+
+def test_frechet_distance_of_gaussians():
+    torch.manual_seed(0)
+    a = torch.randn(200_000, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, 0.0])
+    b = torch.randn(200_000, 3) * torch.tensor([2.0, 2.0, 1.0])
+    assert abs(compare.frechet(a, b) - (1.0 + 1.0 + 0.25)) < 0.05  # |m_a - m_b|^2 + sum of (s_a - s_b)^2
+    assert abs(compare.frechet(a, a)) < 1e-6
+
+
+def test_precision_and_recall_of_squares():
+    torch.manual_seed(0)
+    square = torch.rand(2000, 2)
+    assert compare.precision_recall(square, square) == (1.0, 1.0)
+    assert compare.precision_recall(square, square + 5) == (0.0, 0.0)
+    precision, recall = compare.precision_recall(square, torch.rand(2000, 2) * 0.5)  # a quarter of the square
+    assert precision > 0.9 and 0.2 < recall < 0.35
