@@ -42,7 +42,8 @@ def active_units(means, threshold=0.01):
 def gaussian_kl(codes):
     """KL(N(m, S) || N(0, I)), in nats, where m and S are the mean and covariance of the codes, (n, d).
 
-    0 if the aggregate posterior, q(z|x) averaged over the images, has the prior's mean and covariance.
+    0 if the aggregate posterior, q(z|x) averaged over the images, has the prior's mean and covariance; n
+    codes then give about d (d + 3) / (4 n). The formula: (tr S + |m|^2 - d - ln det S) / 2.
     """
     codes = codes.double()
     mean = codes.mean(0)
@@ -62,7 +63,7 @@ def remote_samples(prior, train_codes, test_codes):
     Remote: further from the nearest training code than 99% of the test codes are. These are the report's
     empty regions. Judging samples by their nearest neighbours is the idea of the precision of Kynkäänniemi et
     al. (2019). The codes, (n, d), are samples of q(z|x), not its means: in an unused dimension all the means
-    are 0, and every sample would be remote.
+    are near 0, and most samples would be remote.
     """
     threshold = nearest_distance(test_codes, train_codes).quantile(0.99)
     distance = nearest_distance(prior, train_codes)

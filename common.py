@@ -1,6 +1,6 @@
 """What the scripts share: MNIST, the loss of a VAE, the figures. Models and training are in each script.
 
-A public function gives its section of the report. Images are (B, 1, 28, 28), with pixels in [0, 1].
+The docstring of each listing gives its section of the report. Images are (B, 1, 28, 28), pixels in [0, 1].
 """
 
 import csv
@@ -96,7 +96,8 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     -BCE is the log-likelihood of pixels that are 0 or 1, but not of grey pixels (Loaiza-Ganem & Cunningham,
     2019): compare these nats only between models with the same data and the same loss.
     """
-    # BCE stops at a NaN, on a GPU with the whole process. The KL term is still NaN, and train_vae reports it.
+    # BCE stops at a NaN, on a GPU with the whole process. Without it, the KL term is NaN at the latest one
+    # step later, when the encoder has had its NaN gradients, and train_vae reports it.
     recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return recon_loss + beta * kl_loss
@@ -179,12 +180,14 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
     all_mu = np.concatenate(all_mu)
     all_labels = np.concatenate(all_labels)
     if all_mu.shape[1] != latent_dim:
+        # The listing would draw the first two of more dimensions.
         raise ValueError(f"latent_dim is {latent_dim}, but this VAE has {all_mu.shape[1]}")
 
     x_label, y_label = "z_1", "z_2"
     if latent_dim > 2:
         x_label, y_label = "t-SNE 1", "t-SNE 2"  # no longer the z_1 and z_2 of the listing
         print(f"t-SNE of {len(all_mu)} points, this takes a while...", flush=True)
+        # random_state: the same figure each time
         tsne = TSNE(n_components=2, learning_rate="auto", init="random", random_state=0)
         all_mu_2d = tsne.fit_transform(all_mu)
     elif latent_dim == 2:
@@ -218,7 +221,7 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     with torch.no_grad():
         imgs = vae.decode(z_interp)
     title = f"Interpolation dans l'espace latent (latent_dim={latent_dim})"
-    fig = plot_images(imgs, 1, 10, (10, 1.4), title)
+    fig = plot_images(imgs, 1, 10, (10, 1.4), title)  # 1.4, not 1: room for the title
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
 
 
@@ -246,9 +249,8 @@ def plot_losses(losses, save_dir="results"):
 
 def tile(images, n_rows):
     """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    return make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)[
-        0
-    ].numpy()  # of three equal channels
+    grid = make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)
+    return grid[0].numpy()  # its three channels are equal
 
 
 def plot_sweep(rows, samples, save_dir="results"):

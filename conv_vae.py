@@ -109,7 +109,7 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     """Minimise vae_loss; returns the average loss of each epoch (report, §2.4).
 
     A scheduler makes one step per batch. bf16: compute the network in bfloat16, a float of 16 bits, with the
-    range of float32 but 8 bits of precision, not 24: about twice as fast where the hardware has it. Raises
+    range of float32 but 8 bits of precision, not 24: faster where the hardware has it. Raises
     FloatingPointError after an epoch whose loss is not finite.
     """
     device = next(model.parameters()).device  # global in the listing
@@ -151,13 +151,14 @@ def build_vae(latent_dim=10, channels=(32, 64, 128)):
 
 
 def fit(args, train_loader, path, reuse=False):
-    """Train a VAE with the options `args`, save it at `path` and return it.
+    """Train a VAE with the options `args`, such as parse_args([]), save it at `path` and return it.
 
-    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr, then falls to
-    almost 0. With `reuse`, a model that is already there is returned instead. Raises OSError if that was
-    trained with other options or on other images, or if the file can't be written.
+    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017): the learning
+    rate rises to args.lr, then falls to almost 0. With `reuse`, a model that is already there is returned
+    instead; raises OSError if it is damaged or has other options or images. Also raises OSError if the file
+    can't be written, and FloatingPointError as train_vae does.
     """
-    # Plain values, where a notebook has numpy's; the sum of the pixels tells other images apart.
+    # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     if reuse and os.path.exists(path):
@@ -170,7 +171,7 @@ def fit(args, train_loader, path, reuse=False):
     model = build_vae(args.latent_dim, args.channels).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"VAE on {args.device} ({args.precision}): {parameters:,} parameters")
-    # OneCycleLR replaces the 0.9: from 0.95 to 0.85 and back. The 0.99 gives a lower loss than 0.999.
+    # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
@@ -207,7 +208,7 @@ def load(path, device="cpu"):
         raise OSError(f"there is no {path}") from error
     except Exception as error:  # an arbitrary file can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"can't load {path}: {reason[:300]}") from error
+        raise OSError(f"can't load {path}, is it damaged or another file? {reason[:200]}") from error
     return model.to(device)
 
 
@@ -234,10 +235,10 @@ def sweep(args, train_loader, test_loader):
 
 
 def has_bf16(device):
-    """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
+    """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # not in older versions
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 

@@ -2,17 +2,18 @@
 
     python ddpm.py                                              train, draw the report's figure 4
     python ddpm.py --resume                                     go on after an interruption
-    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   sample in the report's 1000 steps
+    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   samples.png in the report's 1000 steps
 
-Diffusion mixes an image x_0 with more and more Gaussian noise. At time t = 0, ..., 999 it is
+Diffusion mixes a clean image, called x_0, with more and more Gaussian noise. After step t = 0, ..., 999 it is
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise,
 
-where alpha_bar_t falls from almost 1 (an image) to almost 0 (only noise). The network sees x_t and t, and
-learns to guess the noise. Solved for x_0, the same formula then gives a guess of the image. Sampling starts
-from pure noise and takes a little of the guessed noise away at each step, from t = 999 down to 0.
+where alpha_bar_t falls from almost 1 (an image with a little noise) to almost 0 (only noise). The network
+sees x_t and t, and learns to predict the noise. Solved for x_0, the same formula then estimates the image.
+Sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise away
+and adds a little new noise.
 
-The annex comes first, then what goes beyond it: a network that predicts v, a fast sampler, the training.
+The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
 Needs common.py beside it. All the options: --help.
 """
 
@@ -47,7 +48,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
     def forward(self, time):
         device = time.device
         half_dim = self.dim // 2
-        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing: torch.compile stops there
+        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing: float64 for torch.compile
         embeddings = torch.exp(torch.arange(half_dim, device=device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
         embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
@@ -75,7 +76,7 @@ class SimpleBlock(nn.Module):
 
 
 class SimpleMNistUNet(nn.Module):
-    """x_t, (B, in_channels, 28, 28), and t, (B,) -> (B, out_channels, 28, 28), the noise in x_t (annex)."""
+    """x_t, (B, in_channels, 28, 28), and t, (B,) -> (B, out_channels, 28, 28): the noise, or v (annex)."""
 
     def __init__(self, in_channels=1, out_channels=1, time_emb_dim=64):
         super().__init__()
@@ -136,14 +137,18 @@ class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
     Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. At t = 0 the image
-    still has a little noise, and reverse_process(x, 0) returns the clean image x_0. Images are (B, 1, H, W)
-    in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see build_ddpm).
+    still has a little noise, and reverse_process at t = 0 returns the clean image x_0. Images are (B, 1, H,
+    W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see
+    build_ddpm).
+
+    Step t draws x_t ~ N(sqrt(alpha_t) x_{t-1}, beta_t I), with alpha_t = 1 - beta_t. All the steps up to t
+    together are forward_process, where alpha_bar_t is the product alpha_0 ... alpha_t.
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
         self.model = model
         self.timesteps = timesteps
-        self.device = device or next(model.parameters()).device
+        self.device = torch.device(device or next(model.parameters()).device)  # "cuda" in the listing
 
         self.betas = torch.linspace(beta_start, beta_end, timesteps, device=self.device)
         self.alphas = 1.0 - self.betas
@@ -166,9 +171,10 @@ class DDPM:
         return x_t
 
     def reverse_process(self, x, t):
-        """Sample x_{t-1} ~ p(x_{t-1} | x_t), of variance beta_t; x_0 for t = 0 (Ho et al., algorithm 2).
+        """Sample x_{t-1} ~ p(x_{t-1} | x_t), of variance beta_t (Ho et al., algorithm 2).
 
-        x: x_t, about [-1, 1] and its noise; t: (B,), from 0 to timesteps - 1.
+        For t = 0, returns the clean image x_0. x: x_t, (B, 1, H, W), not limited to [-1, 1]; t: (B,), from 0
+        to timesteps - 1.
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -179,8 +185,8 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is the x_0 of its
-        # other branch: alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) = sqrt(beta_0).
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is that of its else:
+        # there alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) = sqrt(1 - alpha_bar_0).
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)
         x_prev = mean + std * noise
@@ -230,7 +236,8 @@ class NoiseFromV(nn.Module):
     cancel, and (a + 1 - a) noise remains.
 
     Why v: at a large t, a is near 0, and x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) magnifies an error of the
-    noise. An error of v was multiplied by sqrt(a) before. The loss is still the report's, on the noise.
+    noise, 157 times at t = 999. An error e of v is sqrt(a) e in the noise, and so sqrt(1 - a) e in x_0, never
+    magnified. The loss is still the report's, on the noise. alpha_bars: those of the DDPM, (timesteps,).
     """
 
     def __init__(self, unet, alpha_bars):
@@ -247,16 +254,18 @@ class NoiseFromV(nn.Module):
 def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     """Generate images in few steps; returns the list of all x_t, (n, 1, 28, 28), the last one x_0.
 
-    x_0 is in [-1, 1] but for small errors: clamp it. With fewer time steps than `steps`, each is taken once.
-    One step goes from t to the next time s, a jump over many time steps:
+    x_0 is in [-1, 1] but for small errors: clamp it. Without a guiding model, pass ddpm.model as `guide`:
+    then guidance has no effect. One step goes from t to the next time s, a jump over many time steps:
 
-    1. The network guesses the noise. Guidance > 1 extrapolates: noise = guide + guidance * (model - guide),
-       where `guide` is the same network after less training (autoguidance, Karras et al., 2024). 1 means no
-       guidance. It is limited to t from 0.2 to 0.6 of the time steps (Kynkäänniemi et al., 2024).
+    1. The network predicts the noise. Guidance > 1 extrapolates: noise = guide + guidance * (model - guide),
+       where `guide` is the same network after less training (autoguidance: Karras et al., 2024, "Guiding a
+       diffusion model with a bad version of itself"). 1 means no guidance. There is none outside of
+       0.2 <= t / timesteps < 0.6 (an interval, as in Kynkäänniemi et al., 2024).
     2. The noise implies x_0, an estimate that changes on the way from t to s. The sampler takes its value at
        the midpoint, half a jump ahead, on a straight line through the last two estimates; the line's abscissa
        is log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
-    3. x_s is drawn from the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, which hold for any s < t).
+    3. x_s is drawn from the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, which hold for any s < t:
+       they are Bayes' rule for q(x_t | x_s) and q(x_s | x_0)).
     """
     ddpm.model.eval()
     guide.eval()
@@ -299,11 +308,11 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 
 
 def build_unet():
-    """The annex's U-Net, with initial weights that keep the variance from layer to layer (He et al., 2015).
+    """The annex's U-Net, with initial weights under which the signal shrinks less (He et al., 2015).
 
-    PyTorch's default shrinks it, and this U-Net has no normalisation against that. A sum of fan_in products
-    has fan_in times the variance of one of them, so the weights get 1 / fan_in; before SiLU 2 / fan_in, as
-    for ReLU, which lets half of its input through.
+    It has no normalisation layers against that. A sum of fan_in products has fan_in times the mean square of
+    one: weights of variance 1 / fan_in keep it. ReLU halves it, so He et al. take 2 / fan_in before; SiLU
+    then leaves 0.5 to 0.7 of it. With PyTorch's default, 1 / (3 fan_in), a tenth would be left in each layer.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
@@ -318,7 +327,7 @@ def build_unet():
 
 
 def build_ddpm(timesteps=1000, predict="v", device="cpu"):
-    """A DDPM with an untrained U-Net that predicts "v" or "noise"; with any `timesteps`, x_T is noise."""
+    """A DDPM with an untrained U-Net that predicts "v" or "noise"; timesteps: 2 or more."""
     scale = 1000 / timesteps  # as much noise in fewer steps, as in the code of Nichol & Dhariwal (2021)
     ddpm = DDPM(build_unet().to(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
     if predict == "v":
@@ -327,12 +336,13 @@ def build_ddpm(timesteps=1000, predict="v", device="cpu"):
 
 
 def build_ema(model):
-    """A running average (EMA) of the weights of `model`.
+    """A running average of the weights of `model`, called EMA as usual.
 
-    ema.update_parameters(model) belongs after each step; ema.module is the averaged network. After n steps,
-    the weights of step k have the share 9 (k + 1) ... (k + 8) / ((n + 1) ... (n + 9)), about 9 k**8 / n**9:
-    whatever the length of the training, its last tenth makes 60% of the average, its first half 0.2% (a power
-    function average, as in Karras et al., 2024, "Analyzing and improving the training dynamics").
+    ema.update_parameters(model) belongs after each step; ema.module is the averaged network. Step 1 copies
+    the weights; step k, where n is k - 1 below, does average = k / (k + 9) average + 9 / (k + 9) weights.
+    Multiplied out, the weights of step k have a share of about 9 k**8 / n**9 after n steps: whatever the
+    length of the training, its last tenth makes 60% of the average, its first half 0.2% (a power function
+    average: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion models").
     """
     return AveragedModel(model, avg_fn=lambda average, weights, n: average.lerp(weights, 9 / (10 + n)))
 
@@ -341,13 +351,14 @@ def train_epoch(ddpm, dataloader, optimizer, scheduler=None, ema=None, bf16=Fals
     """One pass over a loader of images in [0, 1]; returns the average loss, the MSE of the noise.
 
     scheduler: makes one step per batch; ema: of build_ema. bf16: compute in bfloat16, a float of 16 bits,
-    with the range of float32 but 8 bits of precision, not 24: about twice as fast where the hardware has it.
+    with the range of float32 but 8 bits of precision, not 24: faster where the hardware has it.
     """
     train_loss = torch.zeros((), device=ddpm.device)
     for x, _ in tqdm(dataloader, leave=False):
         x0 = 2.0 * x.to(ddpm.device) - 1.0  # from [0, 1] to [-1, 1]
-        # Once per step: autocast keeps its copies of the weights until it ends; around the whole loop nothing
-        # would be learnt. PyTorch advises to leave backward() outside; the annex's train_step has it inside.
+        # autocast casts each weight to bfloat16 once and reuses the copy until it ends. So it stands around
+        # each step: around the loop, the network would compute with its first weights throughout. PyTorch
+        # advises to leave backward() outside, but the annex's train_step has all in one.
         with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=bf16):
             train_loss += ddpm.train_step(x0, optimizer)
         if scheduler is not None:
@@ -380,23 +391,24 @@ OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 
 
 def fit(args, train_loader, path):
-    """Train with the options `args`, save the model at `path`; returns load(path).
+    """Train with the options `args`, such as parse_args([]), save the model at `path`; returns load(path).
 
-    Adam with the one-cycle policy of Smith & Topin (2017). The guiding model is the EMA after the first
-    epoch. checkpoint.pt, beside `path`, is written after each epoch, for --resume. Raises FloatingPointError
-    after an epoch whose loss is not finite, OSError if a file can't be written, or read, or resumed with
-    these options.
+    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017): the learning
+    rate rises to args.lr, then falls to almost 0. The guiding model is the EMA after the first epoch.
+    checkpoint.pt, beside `path`, is written after each epoch, for --resume. Raises FloatingPointError after
+    an epoch whose loss is not finite, OSError if a file can't be written, or read, or resumed with these
+    options.
     """
     torch.manual_seed(args.seed)
     ddpm = build_ddpm(args.timesteps, args.predict, args.device)
     model = ddpm.model
     ema, guide = build_ema(model), copy.deepcopy(model)
-    # OneCycleLR replaces the 0.9: from 0.95 to 0.85 and back. The 0.99 gives a lower loss than 0.999.
+    # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-    # Plain values, where a notebook has numpy's; the sum of the pixels tells other images apart.
+    # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     losses, seconds = [], 0.0
@@ -412,9 +424,9 @@ def fit(args, train_loader, path):
                     raise ValueError(f"trained with {name} {before}, not {value}: give the same options")
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
+            losses, seconds = saved["losses"], saved["seconds"]
         except Exception as error:
             raise unreadable(checkpoint_path, error) from error
-        losses, seconds = saved["losses"], saved["seconds"]
         print(f"Resuming after epoch {len(losses)}")
 
     for epoch in range(len(losses), args.epochs):
@@ -472,15 +484,17 @@ def unreadable(path, error):
     """The OSError that says in one line why the file can't be loaded."""
     if isinstance(error, FileNotFoundError):
         return OSError(f"there is no {path}")
+    if isinstance(error, ValueError):  # such as those above, whose words are enough
+        return OSError(f"can't load {path}: {error}")
     reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return OSError(f"can't load {path}: {reason[:300]}")
+    return OSError(f"can't load {path}, is it damaged or another file? {reason[:200]}")
 
 
 # ---- The figures and the command line
 
 
 def plot_noising(ddpm, x0, save_dir="results"):
-    """Draw the image x0, (1, 1, 28, 28) in [-1, 1], on its way to noise (report, figure 4 a)."""
+    """Draw the image x0, (1, 1, 28, 28) in [-1, 1], at ten times t, each with its own noise (figure 4 a)."""
     times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(ddpm.device)
     x_t = ddpm.forward_process(x0.expand(10, -1, -1, -1), times)
     fig = common.plot_images((x_t + 1) / 2, 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
@@ -490,7 +504,7 @@ def plot_noising(ddpm, x0, save_dir="results"):
 
 
 def plot_denoising(xs, save_dir="results"):
-    """Draw n images on their way from noise, a row each (report, figure 4 b). xs: the list of sample_fast."""
+    """Draw n images on their way from noise, a row each (figure 4 b). xs: the list of sample_fast."""
     stages = torch.linspace(0, len(xs) - 1, 10).round().long().tolist()
     images = torch.stack([xs[i] for i in stages], dim=1).flatten(0, 1)  # (n * 10, 1, 28, 28)
     n = len(xs[0])
@@ -499,10 +513,10 @@ def plot_denoising(xs, save_dir="results"):
 
 
 def has_bf16(device):
-    """Whether the device computes in bfloat16 in hardware; False where an older torch can't tell."""
+    """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # not in older versions
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 

@@ -139,13 +139,14 @@ def build_vae(latent_dim=5, hidden_dims=(256, 512)):
 
 
 def fit(args, train_loader, path, reuse=False):
-    """Train a VAE with the options `args`, save it at `path` and return it.
+    """Train a VAE with the options `args`, such as parse_args([]), save it at `path` and return it.
 
-    Adam with the one-cycle policy of Smith & Topin (2017): the learning rate rises to args.lr, then falls to
-    almost 0. With `reuse`, a model that is already there is returned instead. Raises OSError if that was
-    trained with other options or on other images, or if the file can't be written.
+    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017): the learning
+    rate rises to args.lr, then falls to almost 0. With `reuse`, a model that is already there is returned
+    instead; raises OSError if it is damaged or has other options or images. Also raises OSError if the file
+    can't be written, and FloatingPointError as train_vae does.
     """
-    # Plain values, where a notebook has numpy's; the sum of the pixels tells other images apart.
+    # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     if reuse and os.path.exists(path):
@@ -158,7 +159,7 @@ def fit(args, train_loader, path, reuse=False):
     model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"VAE on {args.device}: {parameters:,} parameters")
-    # OneCycleLR replaces the 0.9: from 0.95 to 0.85 and back. The 0.99 gives a lower loss than 0.999.
+    # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = args.epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
@@ -194,7 +195,7 @@ def load(path, device="cpu"):
         raise OSError(f"there is no {path}") from error
     except Exception as error:  # an arbitrary file can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"can't load {path}: {reason[:300]}") from error
+        raise OSError(f"can't load {path}, is it damaged or another file? {reason[:200]}") from error
     return model.to(device)
 
 
