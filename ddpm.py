@@ -185,7 +185,7 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is that of its else:
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is its else:
         # there alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) = sqrt(1 - alpha_bar_0).
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)

@@ -120,7 +120,7 @@ def main():
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="a torch device"
     )
-    parser.add_argument("--data-dir", default="data", help="folder of MNIST (default: data)")
+    parser.add_argument("--data-dir", type=os.path.expanduser, default="data", help="folder (default: data)")
     args = parser.parse_args()
     if not set(args.what) <= set(everything):
         parser.error(f"argument what: takes {', '.join(everything)}")
