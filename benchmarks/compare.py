@@ -381,11 +381,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    common.make_folder(args.save_dir)
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.paths]
     if len(set(names)) < len(names):
         names = args.paths
     models = [load(name, path, args.device) for name, path in zip(names, args.paths)]
+    common.make_folder(args.save_dir)
     loaders = common.load_mnist(args.data_dir, device=args.device)
     (train, train_labels), (test, test_labels) = (loader.dataset.tensors for loader in loaders)
     for model, path in zip(models, args.paths):
