@@ -196,10 +196,12 @@ def test_ddpm_interrupted_and_resumed(no_figures, argv, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="there is no .*checkpoint.pt"):
         ddpm.main([*argv, "--resume"])
     with monkeypatch.context() as patch:
-        interrupt(patch, ddpm.DDPM, "train_step", 12)  # in the third epoch of 5 steps each
+        interrupt(patch, ddpm.DDPM, "train_step", 7)  # in the second epoch of 5 steps each
         with pytest.raises(KeyboardInterrupt):
             ddpm.main(argv)
     checkpoint = tmp_path / "out" / "checkpoint.pt"
+    saved = torch.load(checkpoint)
+    assert all(torch.equal(saved["ema"][f"module.{name}"], guide) for name, guide in saved["guide"].items())
     ddpm.main([*argv, "--load", str(checkpoint), "--save-dir", str(tmp_path / "figures")])
     for name, value in ("lr", "0.1"), ("predict", "noise"), ("seed", "1"):
         with pytest.raises(OSError, match=f"trained with {name} "):
