@@ -450,7 +450,7 @@ def fit(args, train_loader, path):
 
 
 def save(options, losses, seconds, parts, path):
-    """Write a file, and move it to `path` once it is complete: a kill or a full disk leaves the earlier file."""
+    """Write a file, and move it to `path` once it is complete: else an earlier file stays there."""
     saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
     saved |= {name: part.state_dict() for name, part in parts.items()}
     folder = os.path.dirname(path) or "."
