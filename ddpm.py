@@ -341,7 +341,7 @@ def build_ema(model):
 
     ema.update_parameters(model) belongs after each step; ema.module is the averaged network. Step 1 copies
     the weights; step k, where n is k - 1 below, does average = k / (k + 9) average + 9 / (k + 9) weights.
-    Multiplied out, the weights of step k have a share of about 9 k**8 / n**9 after n steps: whatever the
+    Multiplied out, the weights of step k have a share of about 9 k**8 / N**9 after N steps: whatever the
     length of the training, its last tenth makes 60% of the average, its first half 0.2% (a power function
     average: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion models").
     """
