@@ -96,8 +96,8 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     -BCE is the log-likelihood of pixels that are 0 or 1, but not of grey pixels (Loaiza-Ganem & Cunningham,
     2019): compare these nats only between models with the same data and the same loss.
     """
-    # BCE stops at a NaN, on a GPU with the whole process. Without it, the KL term is NaN at the latest one
-    # step later, when the encoder has had its NaN gradients, and train_vae reports it.
+    # nan_to_num: BCE stops at a NaN, on a GPU with the whole process. The NaN still reaches the encoder, by
+    # its gradients: one step later at the latest the KL term is NaN, and train_vae reports it.
     recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return recon_loss + beta * kl_loss

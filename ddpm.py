@@ -431,9 +431,8 @@ def fit(args, train_loader, path):
         print(f"Resuming after epoch {len(losses)}")
 
     for epoch in range(len(losses), args.epochs):
-        torch.manual_seed(
-            (args.seed + epoch + 1) % 2**64
-        )  # a resumed run draws what an uninterrupted one draws
+        # A seed per epoch: a resumed run draws what an uninterrupted one draws.
+        torch.manual_seed((args.seed + epoch + 1) % 2**64)
         start = time.perf_counter()
         avg_loss = train_epoch(ddpm, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         if not math.isfinite(avg_loss):

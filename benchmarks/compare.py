@@ -84,10 +84,13 @@ def load(name, path, device):
     return Model(name, None, samplers, process.model, process, process)
 
 
-def generate(sample, n, device):
+def generate(model, sample, n, device):
     """`n` images of a sampler, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took."""
     start = time.perf_counter()
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=conv_vae.has_bf16(device)):
+    bf16 = model.process is not None and conv_vae.has_bf16(
+        device
+    )  # as in ddpm.py; the VAEs sample in float32
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         batches = tqdm(torch.arange(n).split(100), desc="Samples", leave=False)
         images = torch.cat([sample(len(batch)).float().cpu() for batch in batches])
     return images, 1000 * (time.perf_counter() - start) / n
@@ -277,7 +280,7 @@ def compare_images(models, classifier, real, train, n, seed, device):
             images = model.images[:n]
         else:
             torch.manual_seed(seed)
-            images, ms = generate(next(iter(model.samplers.values())), n, device)
+            images, ms = generate(model, next(iter(model.samplers.values())), n, device)
             row["parameters"] = sum(p.numel() for p in model.network.parameters())
             row |= {"train_s": f"{model.training.seconds:.0f}", "ms_per_image": f"{ms:.2f}"}
         features, probabilities = classify(classifier, images)
@@ -325,7 +328,7 @@ def compare_cost(models, results, classifier, real, train, n, seed, device):
                 images, ms = results[model.name]
             else:
                 slow = sample == model.process.sample
-                images, ms = generate(sample, n // 10 if slow else n, device)
+                images, ms = generate(model, sample, n // 10 if slow else n, device)
             images = images[:n]
             parts = [part for part in digits.split(len(images)) if len(part) == len(images)]
             of_digits = [frechet(part, real) for part in parts]
