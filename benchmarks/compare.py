@@ -87,9 +87,8 @@ def load(name, path, device):
 def generate(model, sample, n, device):
     """`n` images of a sampler, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took."""
     start = time.perf_counter()
-    bf16 = model.process is not None and conv_vae.has_bf16(
-        device
-    )  # as in ddpm.py; the VAEs sample in float32
+    # As in the scripts: the DDPM in bfloat16, the VAEs in float32.
+    bf16 = model.process is not None and conv_vae.has_bf16(device)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
         batches = tqdm(torch.arange(n).split(100), desc="Samples", leave=False)
         images = torch.cat([sample(len(batch)).float().cpu() for batch in batches])
