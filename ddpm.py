@@ -1,4 +1,4 @@
-"""The DDPM of the report's section 5 and annex, on MNIST (Ho, Jain & Abbeel, 2020).
+"""The DDPM of the report's section 5 and annex, on MNIST (Ho, Jain & Abbeel, 2020, arXiv:2006.11239).
 
     python ddpm.py                                              train, draw the report's figure 4
     python ddpm.py --resume                                     go on after an interruption
@@ -10,8 +10,12 @@ Diffusion mixes a clean image, called x_0, with more and more Gaussian noise. Af
 
 where alpha_bar_t falls from almost 1 (an image with a little noise) to almost 0 (only noise). The network
 sees x_t and t, and learns to predict the noise. Solved for x_0, the same formula then estimates the image.
-Sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise away
-and adds a little new noise.
+
+Why many steps? Many images and noises fit one noisy x_t. Under the mean squared error, the best prediction is
+the mean of all these noises, so the x_0 that it implies is a mean of images: blurred. A jump there would end
+in a blurred image. A small step towards it is right, and from the less noisy x_{t-1} fewer images fit. So
+sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise away
+and adds a little new noise, none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
 Needs common.py beside it. All the options: --help.
@@ -19,17 +23,18 @@ Needs common.py beside it. All the options: --help.
 
 import argparse
 import copy
+import io
 import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import common
@@ -38,12 +43,13 @@ import common
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 to 1 / 10000 (annex)."""
+    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 to 1 / 10000 (annex).
+
+    dim: an even number, at least 4.
+    """
 
     def __init__(self, dim):
         super().__init__()
-        if dim < 4 or dim % 2:  # the listing divides by 0 for 2, and returns dim - 1 numbers if dim is odd
-            raise ValueError(f"the time embedding takes an even dimension of at least 4, not {dim}")
         self.dim = dim
 
     def forward(self, time):
@@ -142,8 +148,11 @@ class DDPM:
     W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see
     build_ddpm).
 
-    Step t draws x_t ~ N(sqrt(alpha_t) x_{t-1}, beta_t I), with alpha_t = 1 - beta_t. All the steps up to t
-    together are forward_process, where alpha_bar_t is the product alpha_0 ... alpha_t.
+    Step t adds noise: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise, with alpha_t = 1 - beta_t. All the
+    steps up to t together are forward_process, where alpha_bar_t is the product alpha_0 ... alpha_t: if that
+    is true of x_{t-1}, insert it in the step. x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is
+    sqrt(alpha_bar_t), and the variances of the two noises add to
+    alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t.
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -176,6 +185,11 @@ class DDPM:
 
         For t = 0, returns the clean image x_0. x: x_t, (B, 1, H, W), not limited to [-1, 1]; t: (B,), from 0
         to timesteps - 1.
+
+        If x_0 were known, x_{t-1} would follow sample_posterior below, at s = t - 1. Insert the network's
+        x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t) into the mean of that posterior (eq. 7),
+        and the mean below follows (eq. 11). The posterior has a smaller variance than beta_t, by 8% at
+        t = 20, by 1% at t = 200: both are allowed (section 3.2).
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -186,8 +200,9 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean is its else:
-        # there alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) = sqrt(1 - alpha_bar_0).
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean equals the listing's
+        # `else` branch: alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) is
+        # sqrt(1 - alpha_bar_0).
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)
         x_prev = mean + std * noise
@@ -232,13 +247,15 @@ class DDPM:
 class NoiseFromV(nn.Module):
     """Wraps a network that predicts v: takes x_t and t, returns the noise, as class DDPM expects it.
 
-    v = sqrt(a) noise - sqrt(1 - a) x_0, where a = alpha_bar_t (Salimans & Ho, 2022, appendix D). Then
-    sqrt(a) v + sqrt(1 - a) x_t is the noise: insert x_t = sqrt(a) x_0 + sqrt(1 - a) noise, the x_0 terms
-    cancel, and (a + 1 - a) noise remains.
+    v = sqrt(a) noise - sqrt(1 - a) x_0, where a = alpha_bar_t (Salimans & Ho, 2022, arXiv:2202.00512,
+    appendix D). Then sqrt(a) v + sqrt(1 - a) x_t is the noise: insert x_t = sqrt(a) x_0 + sqrt(1 - a) noise,
+    the x_0 terms cancel, and (a + 1 - a) noise remains.
 
-    Why v: at a large t, a is near 0, and x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) magnifies an error of the
-    noise, 157 times at t = 999. An error e of v is sqrt(a) e in the noise, and so sqrt(1 - a) e in x_0, never
-    magnified. The loss is still the report's, on the noise. alpha_bars: those of the DDPM, (timesteps,).
+    The loss is still the report's, on the noise. There an error e of v is sqrt(a) e, and its square counts a
+    times: 0.08 at t = 500, 4e-5 at t = 999. So v is hardly trained at a large t; but it hardly matters there,
+    as sqrt(1 - a) x_t, almost all of the noise, needs no learning. What is gained is x_0 = (x_t - sqrt(1 - a)
+    noise) / sqrt(a): it magnifies an error of a predicted noise, 157 times at t = 999. An error e of v is
+    sqrt(1 - a) e in x_0, never magnified. alpha_bars: those of the DDPM, (timesteps,).
     """
 
     def __init__(self, unet, alpha_bars):
@@ -251,56 +268,69 @@ class NoiseFromV(nn.Module):
         return torch.sqrt(alpha_bar_t) * self.unet(x, t) + torch.sqrt(1 - alpha_bar_t) * x
 
 
-@torch.no_grad()
-def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
-    """Generate images in few steps; returns the list of all x_t, (n, 1, 28, 28), the last one x_0.
+def to_pixels(images):
+    """Images of the DDPM, in [-1, 1] but for small errors, as pixels in [0, 1]."""
+    return (images.clamp(-1, 1) + 1) / 2
 
-    x_0 is in [-1, 1] but for small errors: clamp it. Without a guiding model, pass ddpm.model as `guide`:
-    then guidance has no effect. One step goes from t to the next time s, a jump over many time steps:
 
-    1. The network predicts the noise, and the noise implies x_0, an estimate that changes on the way to s.
-       The sampler takes its value at the midpoint, half a jump ahead, on a straight line through the last two
-       estimates. The line's abscissa is log(SNR) = log(alpha_bar / (1 - alpha_bar)) (SDE-DPM-Solver++(2M), Lu
-       et al., 2022, "DPM-Solver++").
-    2. Guidance > 1 extrapolates: x_0 = guide + guidance * (model - guide), that is x_0 of the model plus
-       (guidance - 1) * (model - guide), where `guide` is the same network after less training (autoguidance:
-       Karras et al., 2024, "Guiding a diffusion model with a bad version of itself"). There is none outside
-       of 0.2 <= t / timesteps < 0.6 (an interval, as in Kynkäänniemi et al., 2024).
-    3. x_s is drawn from the posterior q(x_s | x_t, x_0) (Ho et al., eq. 6 and 7, which hold for any s < t:
-       they are Bayes' rule for q(x_t | x_s) and q(x_s | x_0)).
+def x0_from_noise(x, noise, bar_t):
+    """The x_0 that x = x_t and its noise imply: forward_process, solved for x_0. bar_t: alpha_bar_t."""
+    return (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
+
+
+def sample_posterior(x, x0, bar_t, bar_s):
+    """Draw x_s ~ q(x_s | x_t, x_0) for a time s < t; x: x_t; bar_t, bar_s: alpha_bar at t and at s.
+
+    Bayes' rule for q(x_t | x_s) and q(x_s | x_0), both Gaussian (Ho et al., eq. 6 and 7, which hold for any
+    s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
     """
-    ddpm.model.eval()
-    guide.eval()
-    steps = min(steps, ddpm.timesteps)
-    u = torch.linspace(1, 0, steps)
+    alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
+    mean = (math.sqrt(bar_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
+    variance = (1 - bar_s) * (1 - alpha) / (1 - bar_t)
+    return mean + math.sqrt(variance) * torch.randn_like(x)
+
+
+@torch.no_grad()
+def sample_fast(process, num_samples=16, steps=30, guide=None, guidance=1.5, image_size=(28, 28)):
+    """Generate images in few steps; returns the list of all x_t, (n, 1, H, W), the last one x_0.
+
+    to_pixels turns them into pixels in [0, 1]. One step goes from t to the next time s, over many time steps:
+
+    1. Estimate x_0: the network predicts the noise, and the noise implies x_0.
+    2. (midpoint) On the way to s, the estimate would change. Take its value half way, on the straight line
+       through the last two estimates, whose abscissa is log(SNR) = log(alpha_bar / (1 - alpha_bar)), the
+       signal-to-noise ratio (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095).
+    3. (guidance) Push it away from the estimate of a guiding model, the same network after less training:
+       the result is guide + guidance * (model - guide), and 1 means no guidance (autoguidance: Karras et al.,
+       2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6, where a digit takes shape (an interval, as
+       in Kynkäänniemi et al., 2024, arXiv:2404.07724).
+    4. Draw x_s from the posterior.
+
+    Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
+    there are time steps, it is the annex's, but for the variance (see reverse_process).
+    """
+    process.model.eval()
+    steps = min(steps, process.timesteps)
+    u = torch.linspace(1, 0, steps, dtype=torch.float64)
     # From timesteps - 1 to 0, closer near 0, where x_0 gets its details; the first term keeps them apart.
-    times = (steps - 1) * u + (ddpm.timesteps - steps) * u**3
-    times = times.round().long().tolist()
-    alpha_bars = [*ddpm.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
+    times = ((steps - 1) * u + (process.timesteps - steps) * u**3).round().long().tolist()
+    alpha_bars = [*process.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
     log_snr = [math.log(bar / (1 - bar)) for bar in alpha_bars[:-1]]
-    x, x0_last = torch.randn(num_samples, 1, 28, 28, device=ddpm.device), None
+    x, x0_last = torch.randn(num_samples, 1, *image_size, device=process.device), None
     xs = [x]
-    for i in tqdm(range(steps), desc="Génération", leave=False):
-        t = torch.full((num_samples,), times[i], device=ddpm.device)
-        bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]  # alpha_bar at t and at s
-
-        noise = ddpm.model(x, t).float()
-        x0 = x0_mid = (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
-        # The last jump ends at log(SNR) = infinity and has no midpoint: there bar_s = 1, so that below the
-        # variance is 0 and the mean x_0.
-        if 0 < i < steps - 1:
-            jump_ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
-            x0_mid = x0 + jump_ratio / 2 * (x0 - x0_last)
+    for i, t in enumerate(tqdm(times, desc="Génération", leave=False)):
+        t_batch = torch.full((num_samples,), t, device=process.device)
+        bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]
+        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)
+        target = x0
+        if 0 < i < steps - 1:  # the last step ends at log(SNR) = infinity: there is no midpoint
+            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
+            target = x0 + ratio / 2 * (x0 - x0_last)
+        if guide is not None and guidance != 1 and 0.2 <= t / process.timesteps < 0.6:
+            x0_guide = x0_from_noise(x, guide.eval()(x, t_batch).float(), bar_t)
+            target = target + (guidance - 1) * (x0 - x0_guide)
         x0_last = x0
-        if guidance != 1 and 0.2 <= times[i] / ddpm.timesteps < 0.6:
-            noise_guide = guide(x, t).float()
-            x0_guide = (x - math.sqrt(1 - bar_t) * noise_guide) / math.sqrt(bar_t)
-            x0_mid = x0_mid + (guidance - 1) * (x0 - x0_guide)
-
-        alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
-        mean = (math.sqrt(bar_s) * (1 - alpha) * x0_mid + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
-        variance = (1 - bar_s) * (1 - alpha) / (1 - bar_t)
-        x = mean + math.sqrt(variance) * torch.randn_like(x)
+        x = sample_posterior(x, target, bar_t, bar_s)
         xs.append(x)
     return xs
 
@@ -308,12 +338,13 @@ def sample_fast(ddpm, guide, num_samples=16, steps=30, guidance=1.5):
 # ---- Training
 
 
-def build_unet():
-    """The annex's U-Net, with initial weights under which the signal shrinks less (He et al., 2015).
+def build_unet(device="cpu"):
+    """The annex's U-Net, with initial weights under which the signal shrinks less.
 
     It has no normalisation layers against that. A sum of fan_in products has fan_in times the mean square of
-    one: weights of variance 1 / fan_in keep it. ReLU halves it, so He et al. take 2 / fan_in before; SiLU
-    then leaves 0.5 to 0.7 of it. With PyTorch's default, 1 / (3 fan_in), a tenth would be left in each layer.
+    one: weights of variance 1 / fan_in keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take
+    2 / fan_in. With SiLU, a layer then keeps 0.5 to 0.8 of the mean square of its input; with PyTorch's
+    default, 1 / (3 fan_in), about a tenth.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
@@ -324,69 +355,85 @@ def build_unet():
             nn.init.normal_(module.weight, std=(module.in_channels * 2 * 2) ** -0.5)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(model.final_conv.weight)  # predicts 0 at first
-    return model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    if torch.device(device).type in ("cpu", "cuda"):  # on mps, some versions of torch get its gradients wrong
+        model = model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    return model.to(device)
 
 
 def build_ddpm(timesteps=1000, predict="v", device="cpu"):
     """A DDPM with an untrained U-Net that predicts "v" or "noise"; timesteps: 2 or more."""
-    scale = 1000 / timesteps  # as much noise in fewer steps, as in the code of Nichol & Dhariwal (2021)
-    ddpm = DDPM(build_unet().to(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
+    scale = 1000 / timesteps  # as much noise in fewer steps (Nichol & Dhariwal, 2021, arXiv:2102.09672)
+    process = DDPM(build_unet(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
     if predict == "v":
-        ddpm.model = NoiseFromV(ddpm.model, ddpm.alpha_bars)
-    return ddpm
+        process.model = NoiseFromV(process.model, process.alpha_bars)
+    return process
 
 
 def build_ema(model):
-    """A running average of the weights of `model`, called EMA as usual.
+    """The network that holds the EMA (exponential moving average) of the weights: at first a copy of `model`.
 
-    ema.update_parameters(model) belongs after each step; ema.module is the averaged network. Step 1 copies
-    the weights; step k, where n is k - 1 below, does average = k / (k + 9) average + 9 / (k + 9) weights.
-    Multiplied out, the weights of step k have a share of about 9 k**8 / N**9 after N steps: whatever the
-    length of the training, its last tenth makes 60% of the average, its first half 0.2% (a power function
-    average: Karras et al., 2024, "Analyzing and improving the training dynamics of diffusion models").
+    Call update_ema(ema, model) after each step of the optimizer, and sample with process.model = ema. To go
+    on training, put `model` back: the optimizer moves the weights of `model`, not those of the EMA.
     """
-    return AveragedModel(model, avg_fn=lambda average, weights, n: average.lerp(weights, 9 / (10 + n)))
+    ema = copy.deepcopy(model)
+    ema.steps = 0
+    return ema
 
 
-def train_epoch(ddpm, dataloader, optimizer, scheduler=None, ema=None, bf16=False):
+@torch.no_grad()
+def update_ema(ema, model):
+    """Step k of the training: ema = k / (k + 9) ema + 9 / (k + 9) weights.
+
+    Strictly, this is no exponential average but a power function average (Karras et al., 2024,
+    arXiv:2312.02696): multiplied out, the weights of step k have a share of about 9 k**8 / N**9 after N
+    steps. Whatever the length of the training, its last tenth makes 61% of the average, its first half 0.2%.
+    """
+    ema.steps += 1
+    for average, weights in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weights, 9 / (ema.steps + 9))
+
+
+def train_epoch(process, dataloader, optimizer, scheduler=None, ema=None, bf16=False):
     """One pass over a loader of images in [0, 1]; returns the average loss, the MSE of the noise.
 
     scheduler: makes one step per batch; ema: of build_ema. bf16: compute in bfloat16, a float of 16 bits,
     with the range of float32 but 8 bits of precision, not 24: faster where the hardware has it.
     """
-    train_loss = torch.zeros((), device=ddpm.device)
+    train_loss = torch.zeros((), device=process.device)
     for x, _ in tqdm(dataloader, leave=False):
-        x0 = 2.0 * x.to(ddpm.device) - 1.0  # from [0, 1] to [-1, 1]
+        x0 = 2.0 * x.to(process.device) - 1.0  # from [0, 1] to [-1, 1]
         # autocast casts each weight to bfloat16 once and reuses the copy until it ends. So it stands around
         # each step: around the loop, the network would compute with its first weights throughout. PyTorch
         # advises to leave backward() outside, but the annex's train_step has all in one.
-        with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=bf16):
-            train_loss += ddpm.train_step(x0, optimizer)
+        with torch.autocast(process.device.type, torch.bfloat16, enabled=bf16):
+            train_loss += process.train_step(x0, optimizer)
         if scheduler is not None:
             scheduler.step()
         if ema is not None:
-            ema.update_parameters(ddpm.model)
+            update_ema(ema, process.model)
     return train_loss.item() / len(dataloader)
 
 
 @torch.no_grad()
-def evaluate(ddpm, data_loader):
+def evaluate(process, data_loader):
     """The mean squared error of the predicted noise, with one random t for each image; images in [0, 1].
 
     Raises FloatingPointError if it is not finite.
     """
-    ddpm.model.eval()
+    process.model.eval()
     loss = 0.0
     for x, _ in data_loader:
-        x0 = 2.0 * x.to(ddpm.device) - 1.0
-        t = torch.randint(0, ddpm.timesteps, (len(x0),), device=ddpm.device)
+        x0 = 2.0 * x.to(process.device) - 1.0
+        t = torch.randint(0, process.timesteps, (len(x0),), device=process.device)
         noise = torch.randn_like(x0)
-        x_t = ddpm.forward_process(x0, t, noise)
-        loss += F.mse_loss(ddpm.model(x_t, t), noise).item() * len(x0)
+        x_t = process.forward_process(x0, t, noise)
+        loss += F.mse_loss(process.model(x_t, t), noise).item() * len(x0)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the held-out loss is {loss}: try a smaller --lr")
     return loss / len(data_loader.dataset)
 
+
+# ---- The script: files, figures, command line
 
 OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 
@@ -394,113 +441,128 @@ OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
 def fit(args, train_loader, path):
     """Train with the options `args`, such as parse_args([]), save the model at `path`; returns load(path).
 
-    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017): the learning
-    rate rises to args.lr, then falls to almost 0. The guiding model is the EMA after the first epoch.
-    checkpoint.pt, beside `path`, is written after each epoch, for --resume. Raises FloatingPointError after
-    an epoch whose loss is not finite, OSError if a file can't be written, or read, or resumed with these
-    options.
+    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017,
+    arXiv:1708.07120): the learning rate rises to args.lr, then falls to almost 0. The guiding model is the
+    EMA after a twelfth of the epochs; a single epoch has none. checkpoint.pt, beside `path`, is written after
+    each epoch, and removed at the end. Raises FloatingPointError if the training diverges; OSError if a file
+    can't be written, or if checkpoint.pt is there without args.resume, or has other options.
     """
-    torch.manual_seed(args.seed)
-    ddpm = build_ddpm(args.timesteps, args.predict, args.device)
-    model = ddpm.model
-    ema, guide = build_ema(model), copy.deepcopy(model)
-    # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = int(args.epochs) * len(train_loader)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
-    parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-    # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
+    # tolist() makes plain numbers of numpy's: torch.load takes no others. The sum tells images apart.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
+    epochs, checkpoint = options["epochs"], os.path.join(os.path.dirname(path), "checkpoint.pt")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    torch.manual_seed(args.seed)
+    process = build_ddpm(args.timesteps, args.predict, args.device)
+    model, guide = process.model, None
+    ema = build_ema(model)
+    # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
+    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], betas=(0.9, 0.99), fused=True)
+    total_steps = epochs * len(train_loader)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options["lr"], total_steps=total_steps)
     losses, seconds = [], 0.0
-    checkpoint_path = os.path.join(os.path.dirname(path), "checkpoint.pt")
     parameters = sum(p.numel() for p in model.parameters())
     print(f"DDPM on {args.device} ({args.precision}): {parameters:,} parameters")
 
     if args.resume:
-        try:
-            saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-            for name, value in options.items():
-                if (before := saved["options"][name]) != value:
-                    raise ValueError(f"trained with {name} {before}, not {value}: give the same options")
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            losses, seconds = saved["losses"], saved["seconds"]
-        except Exception as error:
-            raise unreadable(checkpoint_path, error) from error
+        saved = read(checkpoint)
+        for name, value in options.items():
+            if (before := saved["options"][name]) != value:
+                why = ", when its learning rate has fallen to 0" if name == "epochs" else ""
+                again = "type nothing but --resume, or delete it to start again"
+                raise OSError(
+                    f"{checkpoint} is of a training with {name} {before}{why}, not {value}: {again}"
+                )
+        restore(saved, checkpoint, model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
+        losses, seconds = saved["losses"], saved["seconds"]
+        ema.steps = len(losses) * len(train_loader)
+        if saved["guide"] is not None:
+            guide = copy.deepcopy(ema)
+            restore(saved, checkpoint, guide=guide)
         print(f"Resuming after epoch {len(losses)}")
+    elif os.path.exists(checkpoint):
+        raise OSError(
+            f"{checkpoint} is an unfinished training: --resume continues it; delete it to start again"
+        )
 
-    for epoch in range(len(losses), args.epochs):
-        # A seed per epoch: a resumed run draws what an uninterrupted one draws.
-        torch.manual_seed((args.seed + epoch + 1) % 2**64)
+    for epoch in range(len(losses), epochs):
+        # Each pair of seed and epoch draws its own numbers, and a resumed run those of an uninterrupted one.
+        torch.manual_seed((10_000 * args.seed + epoch + 1) % 2**64)
         start = time.perf_counter()
-        avg_loss = train_epoch(ddpm, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
-        if not math.isfinite(avg_loss):
-            raise FloatingPointError(f"the loss is {avg_loss} in epoch {epoch + 1}: try a smaller --lr")
-        print(f"Epoch [{epoch + 1}/{args.epochs}] Average loss: {avg_loss:.4f}", flush=True)
-        losses.append(avg_loss)
+        avg_loss = train_epoch(process, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         seconds += time.perf_counter() - start
-        if epoch == 0:
-            guide.load_state_dict(ema.module.state_dict())
-        save(options, losses, seconds, parts, checkpoint_path)
-    save(options, losses, seconds, {"ema": ema, "guide": guide}, path)
+        if not math.isfinite(avg_loss) or not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"diverged in epoch {epoch + 1}, loss {avg_loss}: try a smaller --lr")
+        losses.append(avg_loss)
+        if epoch + 1 == max(1, round(epochs / 12)) < epochs:
+            guide = copy.deepcopy(ema)
+        parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
+        save(checkpoint, options, losses, seconds, **parts)  # before the line, whose output may be closed
+        print(f"Epoch [{epoch + 1}/{epochs}] Average loss: {avg_loss:.4f}", flush=True)
+    save(path, options, losses, seconds, ema=ema, guide=guide)
+    os.remove(checkpoint)
     print(f"Model saved: {path}")
     return load(path, args.device)
 
 
-def save(options, losses, seconds, parts, path):
-    """Write a file, and move it to `path` once it is complete: else an earlier file stays there."""
+def save(path, options, losses, seconds, **parts):
+    """Write a file with the state of each part, beside `path`, and move it there when it is complete."""
     saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
-    saved |= {name: part.state_dict() for name, part in parts.items()}
-    folder = os.path.dirname(path) or "."
+    saved |= {name: part and part.state_dict() for name, part in parts.items()}
+    buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
+    torch.save(saved, buffer)
+    complete = f"{path}.{os.getpid()}"
+    with open(complete, "wb") as f:
+        f.write(buffer.getbuffer())
+    os.replace(complete, path)  # if this is refused, its error names the complete file
+
+
+def read(path):
+    """The dictionary that `save` wrote. Raises OSError if the file is missing, damaged or another one."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            torch.save(saved, os.path.join(tmp, "model.pt"))
-            os.replace(os.path.join(tmp, "model.pt"), path)
-    except RuntimeError as error:  # torch's own, instead of an OSError
-        raise OSError(f"can't write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        script = saved["script"]
+    except OSError:  # missing or locked: it says so itself
+        raise
+    except RuntimeError as error:  # cut short
+        raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
+    except Exception as error:  # any other file
+        raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error
+    if script != "ddpm":
+        raise OSError(f"{path} is a model of {script}.py")
+    return saved
+
+
+def restore(saved, path, **parts):
+    """Give each part its saved state. Raises OSError if it does not fit: the network was edited since."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise OSError(f"the network is not that of {path}: {textwrap.shorten(str(error), 200)}") from error
 
 
 def load(path, device="cpu"):
-    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model.
+    """The DDPM in ddpm.pt or checkpoint.pt, with the EMA of the weights, and its guiding model, or None.
 
     The DDPM also has the options, losses and seconds of its training. Raises OSError if the file is missing,
     damaged or another one.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["script"] != "ddpm":
-            raise ValueError(f"it is a model of {saved['script']}.py")
-        ddpm = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
-        ema, guide = build_ema(ddpm.model), copy.deepcopy(ddpm.model)
-        ema.load_state_dict(saved["ema"])
-        guide.load_state_dict(saved["guide"])
-        ddpm.model = ema.module
-        ddpm.options, ddpm.losses, ddpm.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except Exception as error:  # an arbitrary file can fail in any way
-        raise unreadable(path, error) from error
-    return ddpm, guide
+    saved = read(path)
+    process = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
+    guide = None if saved["guide"] is None else copy.deepcopy(process.model)
+    restore(saved, path, ema=process.model)
+    if guide is not None:
+        restore(saved, path, guide=guide)
+    process.options, process.losses, process.seconds = saved["options"], saved["losses"], saved["seconds"]
+    return process, guide
 
 
-def unreadable(path, error):
-    """The OSError that says in one line why the file can't be loaded."""
-    if isinstance(error, FileNotFoundError):
-        return OSError(f"there is no {path}")
-    if isinstance(error, ValueError):  # such as those above, whose words are enough
-        return OSError(f"can't load {path}: {error}")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    return OSError(f"can't load {path}, is it damaged or another file? {reason[:200]}")
-
-
-# ---- The figures and the command line
-
-
-def plot_noising(ddpm, x0, save_dir="results"):
+def plot_noising(process, x0, save_dir="results"):
     """Draw the image x0, (1, 1, 28, 28) in [-1, 1], at ten times t, each with its own noise (figure 4 a)."""
-    times = torch.linspace(0, ddpm.timesteps - 1, 10).round().long().to(ddpm.device)
-    x_t = ddpm.forward_process(x0.expand(10, -1, -1, -1), times)
-    fig = common.plot_images((x_t + 1) / 2, 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
+    times = torch.linspace(0, process.timesteps - 1, 10).round().long().to(process.device)
+    x_t = process.forward_process(x0.expand(10, -1, -1, -1), times)
+    fig = common.plot_images(to_pixels(x_t), 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
     for ax, t in zip(fig.axes, times.tolist()):
         ax.set_title(f"t={t}", fontsize=9)
     common.save_figure(fig, save_dir, "noising.png")
@@ -509,9 +571,9 @@ def plot_noising(ddpm, x0, save_dir="results"):
 def plot_denoising(xs, save_dir="results"):
     """Draw n images on their way from noise, a row each (figure 4 b). xs: the list of sample_fast."""
     stages = torch.linspace(0, len(xs) - 1, 10).round().long().tolist()
-    images = torch.stack([xs[i] for i in stages], dim=1).flatten(0, 1)  # (n * 10, 1, 28, 28)
+    images = torch.stack([to_pixels(xs[i]) for i in stages], dim=1).flatten(0, 1)  # (n * 10, 1, 28, 28)
     n = len(xs[0])
-    fig = common.plot_images((images + 1) / 2, n, 10, (10, n + 0.3), "Évolution du bruit vers le chiffre")
+    fig = common.plot_images(images, n, 10, (10, n + 0.3), "Évolution du bruit vers le chiffre")
     common.save_figure(fig, save_dir, "denoising.png")
 
 
@@ -536,75 +598,67 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=int, default=1000, help="steps from an image to noise")
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
-    add("--sampler", choices=["fast", "ddpm"], default="fast", help="of the samples; ddpm: the report's")
-    add("--steps", type=int, default=30, help="steps of the fast sampler")
+    add("--sampler", choices=["fast", "ddpm"], default="fast", help="of samples.png; ddpm: the report's")
+    add("--steps", type=int, default=30, help="steps of the fast sampler, at most as many as time steps")
     add("--guidance", type=float, default=1.5, help="weight of the guidance in the fast sampler; 1: none")
-    add("--num-samples", type=int, metavar="N", help="write N samples to samples.npy, too")
     add("--device", default=device, help="a torch device")
-    precision = "auto: bf16 if the hardware has it (faster), else fp32"
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
     folder = os.path.expanduser  # "~" is the home folder
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/ddpm", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="resume from checkpoint.pt, after its last epoch")
-    mode.add_argument("--load", type=folder, metavar="PATH", help="no training: figures of a saved model")
+    mode.add_argument(
+        "--resume", action="store_true", help="continue an unfinished training, with its options"
+    )
+    mode.add_argument(
+        "--load", type=folder, metavar="PATH", help="figures of a saved model; ignores what concerns training"
+    )
     args = parser.parse_args(argv)
+    if args.resume:  # its options are the defaults; fit refuses another one
+        parser.set_defaults(**read(os.path.join(args.save_dir, "checkpoint.pt"))["options"])
+        args = parser.parse_args(argv)
 
-    for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
-        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
-        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        ("--seed", -(2**63) <= args.seed < 2**64, "a whole number from -2**63 to 2**64 - 1"),
-        ("--timesteps", 2 <= args.timesteps <= 10**6, "a whole number from 2 to 1000000"),
-        ("--steps", args.steps >= 1, "a whole number >= 1"),
-        ("--guidance", 0 <= args.guidance <= 100, "a number from 0 to 100"),
-        ("--num-samples", args.num_samples is None or args.num_samples >= 1, "a whole number >= 1"),
-        ("--limit", args.limit >= 1, "a whole number >= 1"),
-    ):
-        if not valid:
-            parser.error(f"argument {option}: takes {takes}")
+    if min(args.epochs, args.batch_size, args.steps, args.limit) < 1:
+        parser.error("--epochs, --batch-size, --steps and --limit take whole numbers >= 1")
+    if not 0 < args.lr < math.inf:
+        parser.error("--lr takes a finite number above 0")
+    if not 2 <= args.timesteps <= 10**6 or not 0 <= args.guidance <= 100:
+        parser.error("--timesteps takes a whole number from 2 to 1000000, --guidance a number from 0 to 100")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
-        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
-    if args.precision == "bf16" and not has_bf16(args.device):
-        parser.error(f"argument --precision: takes auto or fp32 here, {args.device} has no bfloat16")
-    if args.precision == "auto":
-        args.precision = "bf16" if has_bf16(args.device) else "fp32"
+        parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
+    args.precision = "bf16" if has_bf16(args.device) and not args.fp32 else "fp32"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.make_folder(args.save_dir)
+    os.makedirs(args.save_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.load is None:
-        ddpm, guide = fit(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
+        process, guide = fit(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
     else:
-        ddpm, guide = load(args.load, args.device)
+        process, guide = load(args.load, args.device)
+    if guide is None:
+        print("No guiding model (after a single epoch, or early in a training): the samples are not guided")
 
-    def sample(n):
-        if args.sampler == "ddpm":
-            return ddpm.sample(n)
-        return (sample_fast(ddpm, guide, n, args.steps, args.guidance)[-1].clamp(-1, 1) + 1) / 2
-
-    torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
-    with torch.autocast(ddpm.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        print(f"Held-out loss: {evaluate(ddpm, test_loader):.4f}")
-        common.plot_losses(ddpm.losses, args.save_dir)
+    torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes
+    with torch.autocast(process.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        print(f"Held-out loss: {evaluate(process, test_loader):.4f}")
+        common.plot_losses(process.losses, args.save_dir)
         x, _ = next(iter(test_loader))
-        plot_noising(ddpm, 2.0 * x[:1].to(ddpm.device) - 1.0, args.save_dir)
-        plot_denoising(sample_fast(ddpm, guide, 6, args.steps, args.guidance), args.save_dir)
+        plot_noising(process, 2.0 * x[:1].to(process.device) - 1.0, args.save_dir)
+        plot_denoising(sample_fast(process, 6, args.steps, guide, args.guidance), args.save_dir)
+        if args.sampler == "ddpm":
+            images = process.sample(64)
+        else:
+            images = to_pixels(sample_fast(process, 64, args.steps, guide, args.guidance)[-1])
         title = "Exemples de chiffres MNIST générés par le modèle DDPM"
-        common.save_figure(common.plot_images(sample(64), 8, 8, (8, 8), title), args.save_dir, "samples.png")
-        if args.num_samples:
-            batches = torch.arange(args.num_samples).split(100)  # to save memory
-            path = os.path.join(args.save_dir, "samples.npy")
-            np.save(path, torch.cat([sample(len(batch)).cpu() for batch in batches]).numpy())
-            print(f"Samples saved: {path}")
+        common.save_figure(common.plot_images(images, 8, 8, (8, 8), title), args.save_dir, "samples.png")
 
 
 if __name__ == "__main__":
@@ -612,5 +666,10 @@ if __name__ == "__main__":
         main()
     except (OSError, FloatingPointError) as error:
         sys.exit(f"ddpm.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"ddpm.py: {error} Try a smaller --batch-size.")
     except KeyboardInterrupt:
-        sys.exit("ddpm.py: interrupted (--resume continues after the last complete epoch, if there is one)")
+        kept = "the epochs and models named above are kept"
+        sys.exit(
+            f"ddpm.py: interrupted; {kept}: --resume continues a training, --load PATH draws the figures"
+        )
