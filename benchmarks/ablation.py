@@ -38,7 +38,7 @@ ANNEX = {
     "one_cycle": False,
     "beta2": 0.999,
     "clip": False,
-    "he": False,
+    "weights": "torch",
     "predict": "noise",
 }
 ANNEX |= {"bf16": True}  # where the hardware has it
