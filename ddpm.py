@@ -487,7 +487,7 @@ def fit(args, train_loader, path):
 
     for epoch in range(len(losses), epochs):
         # Each pair of seed and epoch draws its own numbers, and a resumed run those of an uninterrupted one.
-        torch.manual_seed((10_000 * args.seed + epoch + 1) % 2**64)
+        torch.manual_seed((args.seed + 10**6 * (epoch + 1)) % 2**64)
         start = time.perf_counter()
         avg_loss = train_epoch(process, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         seconds += time.perf_counter() - start

@@ -116,12 +116,17 @@ def measure_ddpm(how, saved, ema, guided, test_loader, classifier, real, num_sam
         guide.load_state_dict(saved["guide"])
     torch.manual_seed(seed)
     with torch.autocast(process.device.type, torch.bfloat16, enabled=ddpm.has_bf16(device)):
-        loss = ddpm.evaluate(process, test_loader)
+        try:
+            loss = ddpm.evaluate(process, test_loader)
+        except FloatingPointError:
+            loss = np.nan
         batches = tqdm(torch.arange(num_samples).split(100), desc="Samples", leave=False)
         xs = [ddpm.sample_fast(process, len(batch), 30, guide)[-1].float() for batch in batches]
-    features, probabilities = classify(classifier, ddpm.to_pixels(torch.cat(xs)))
-    doubtful = (probabilities.amax(1) < 0.9).float().mean().item()
-    distance = frechet(features, real)
+    pixels, distance, doubtful = ddpm.to_pixels(torch.cat(xs)), np.nan, np.nan
+    if pixels.isfinite().all():
+        features, probabilities = classify(classifier, pixels)
+        distance = frechet(features, real)
+        doubtful = (probabilities.amax(1) < 0.9).float().mean().item()
     return {"loss": loss, "frechet": distance, "doubtful": doubtful, "seconds": saved["seconds"]}
 
 

@@ -1,14 +1,17 @@
 """Runs of the scripts: what they leave, what they refuse, what an interruption costs."""
 
 import csv
+import io
 import itertools
 import os
 import runpy
 import sys
 
+import ablation
 import compare
 import numpy as np
 import pytest
+import representations
 import torch
 from conftest import ROOT
 
@@ -19,7 +22,7 @@ import ddpm
 import dense_vae
 from test_shapes import write_mnist
 
-DDPM = "--timesteps", "4", "--steps", "2", "--precision", "fp32"
+DDPM = "--timesteps", "4", "--steps", "2", "--fp32"
 
 
 @pytest.fixture
@@ -28,13 +31,13 @@ def no_figures(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
 
 
-def interrupt(monkeypatch, owner, name, call):
-    """Ctrl-C in place of one call of owner.name, the first of which is 0; returns the counter of calls."""
+def interrupt(monkeypatch, owner, name, call, error=KeyboardInterrupt):
+    """An error in one call of owner.name, the first of which is 0, Ctrl-C by default; returns the counter."""
     function, calls = getattr(owner, name), itertools.count()
 
     def interrupted(*args, **kwargs):
         if next(calls) == call:
-            raise KeyboardInterrupt
+            raise error
         return function(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, interrupted)
@@ -49,24 +52,17 @@ def held_out(out):
     "script, options",
     [
         (dense_vae, ["--epochs", "0"]),
-        (dense_vae, ["--latent-dim", "1.5"]),
-        (dense_vae, ["--lr", "nan"]),
-        (dense_vae, ["--hidden-dims", "256", "0"]),
-        (dense_vae, ["--seed", str(2**64)]),
         (conv_vae, ["--channels", "32"]),
-        (conv_vae, ["--beta", "-1"]),
-        (conv_vae, ["--device", "cuda:99"]),
         (beta_study, ["--betas", "1", "2", "1.0"]),
-        (ddpm, ["--steps", "0"]),
         (ddpm, ["--guidance", "nan"]),
-        (compare, ["--num-samples", "5"]),
+        (ddpm, ["--device", "cuda:99"]),
     ],
 )
 def test_a_wrong_option_is_named(script, options, capsys):
     with pytest.raises(SystemExit) as error:
         script.parse_args(options)
     message = capsys.readouterr().err
-    assert error.value.code == 2 and message.startswith("usage: ") and f"argument {options[0]}: " in message
+    assert error.value.code == 2 and message.startswith("usage: ") and options[0] in message.splitlines()[-1]
 
 
 def test_options_that_torch_takes(monkeypatch):
@@ -76,22 +72,52 @@ def test_options_that_torch_takes(monkeypatch):
     assert conv_vae.parse_args(["--device", "cpu"]).precision == "fp32"
 
 
+def run_as_script(script, argv, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    runpy.run_path(os.path.join(ROOT, f"{script}.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize("script", ["dense_vae", "conv_vae", "beta_study", "ddpm"])
 def test_a_failed_run_ends_in_one_line(script, argv, tmp_path, monkeypatch):
-    (tmp_path / "out").write_text("a file where the folder should be")
-    monkeypatch.setattr(sys, "argv", [script, *argv])
-    with pytest.raises(SystemExit, match=rf"^{script}\.py: can't write in .*--save-dir"):
-        runpy.run_path(os.path.join(ROOT, f"{script}.py"), run_name="__main__")
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("Tried to allocate 99 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "backward", fail)
+        with pytest.raises(SystemExit, match=rf"^{script}\.py: .* 99 GiB\. Try a smaller --batch-size\.$"):
+            run_as_script(script, argv, monkeypatch)
+        patch.setattr(torch.Tensor, "backward", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit, match=rf"^{script}\.py: interrupted"):
+            run_as_script(script, argv, monkeypatch)
+    (tmp_path / "file").write_text("a file where the folder should be")
+    with pytest.raises(SystemExit, match=rf"^{script}\.py: .*File exists.*file"):
+        run_as_script(script, [*argv, "--save-dir", str(tmp_path / "file")], monkeypatch)
 
 
-def test_a_missing_backend_of_a_notebook_is_not_used(monkeypatch):
+def test_streams_and_backends_of_other_machines(monkeypatch):
+    """A notebook's backend that is not installed here, and an output that has no é."""
     monkeypatch.setenv("MPLBACKEND", "module://missing.backend_inline")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     runpy.run_path(os.path.join(ROOT, "common.py"))
     assert "MPLBACKEND" not in os.environ
+    print("Image enregistrée", flush=True)
+    assert sys.stdout.buffer.getvalue() == b"Image enregistr?e\n"
 
 
-def test_damaged_data(mnist):
-    with open(mnist / "MNIST" / "raw" / "train-images-idx3-ubyte", "r+b") as f:
+def test_data_that_is_incomplete_or_damaged(mnist):
+    raw = mnist / "MNIST" / "raw"
+    processed = mnist / "MNIST" / "processed"  # of an old torchvision, which would read it instead
+    processed.mkdir()
+    for name in "training.pt", "test.pt":
+        torch.save((torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9)), processed / name)
+    assert len(common.load_mnist(mnist)[0].dataset) == 100
+    os.rename(raw / "t10k-labels-idx1-ubyte", raw / "t10k-labels.idx1-ubyte")
+    before = {path.name: path.read_bytes() for path in raw.iterdir()}
+    with pytest.raises(OSError, match="lacks t10k-labels-idx1-ubyte:"):
+        common.load_mnist(mnist)
+    assert before == {path.name: path.read_bytes() for path in raw.iterdir()}
+    os.rename(raw / "t10k-labels.idx1-ubyte", raw / "t10k-labels-idx1-ubyte")
+    with open(raw / "train-images-idx3-ubyte", "r+b") as f:
         f.truncate(1000)
     with pytest.raises(OSError, match=f"delete the folder {mnist}"):
         common.load_mnist(mnist)
@@ -99,7 +125,7 @@ def test_damaged_data(mnist):
 
 @pytest.mark.parametrize("script", [dense_vae, conv_vae, ddpm])
 def test_files_that_cannot_be_loaded(no_figures, script, argv, tmp_path, monkeypatch, capsys):
-    options = DDPM if script is ddpm else ["--latent-dim", "2"]
+    options = [*DDPM, "--epochs", "2"] if script is ddpm else ["--latent-dim", "2"]
     script.main([*argv, *options])
     path = str(tmp_path / "out" / ("ddpm.pt" if script is ddpm else f"{script.__name__}_latent2.pt"))
     first = held_out(capsys.readouterr().out)
@@ -107,15 +133,13 @@ def test_files_that_cannot_be_loaded(no_figures, script, argv, tmp_path, monkeyp
     assert held_out(capsys.readouterr().out) == first
 
     other = conv_vae if script is dense_vae else dense_vae
-    with pytest.raises(OSError, match=f"it is a model of {script.__name__}.py"):
+    with pytest.raises(OSError, match=f"is a model of {script.__name__}.py"):
         other.load(path)
-    with pytest.raises(OSError, match="there is no .*mistyped.pt"):
+    with pytest.raises(OSError, match="No such file.*mistyped.pt"):
         script.load(tmp_path / "mistyped.pt")
-    with pytest.raises(OSError, match="can't load .*Is a directory"):
-        script.load(tmp_path)
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(OSError, match="can't load .*list.pt"):
-        script.load(tmp_path / "list.pt")
+    (tmp_path / "text.txt").write_text("no model")
+    with pytest.raises(OSError, match=r"text.txt is not a model of these scripts \(UnpicklingError\)"):
+        script.load(tmp_path / "text.txt")
     name = "SimpleMNistUNet" if script is ddpm else "VAE"  # the network is edited: a layer more
     network = getattr(script, name)
 
@@ -133,24 +157,33 @@ def test_files_that_cannot_be_loaded(no_figures, script, argv, tmp_path, monkeyp
         script.load(path)
 
 
-def test_fit_from_a_notebook(mnist, tmp_path):
+@pytest.mark.parametrize("script", [dense_vae, ddpm])
+def test_fit_from_a_notebook(mnist, tmp_path, script, monkeypatch):
     """In a folder that is not there, with numpy's numbers; a run that fails leaves the model in place."""
-    args = dense_vae.parse_args(["--epochs", "1", "--latent-dim", "2", "--device", "cpu"])
-    loader, _ = common.load_mnist(mnist, batch_size=10)
+    args = script.parse_args(["--epochs", "2", "--device", "cpu"])
+    loader, _ = common.load_mnist(mnist, batch_size=50)
     path = tmp_path / "new" / "model.pt"
-    args.lr, args.hidden_dims = np.float64(4e-3), (np.int64(8), 16)
-    before = dense_vae.fit(args, loader, path).state_dict()
-    assert dense_vae.load(path).options["lr"] == 4e-3 and dense_vae.fit(args, loader, path, reuse=True)
-    args.lr = 1e6
+    args.lr = np.float64(args.lr)
+    script.fit(args, loader, path)
+    before = path.read_bytes()
+    args.lr = 1e300
     with pytest.raises(FloatingPointError, match="--lr"):
-        dense_vae.fit(args, loader, path)
-    args.lr = 4e-3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("no space")))
-        with pytest.raises(OSError, match="no space"):
-            dense_vae.fit(args, loader, path)
-    after = dense_vae.load(path).state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+        script.fit(args, loader, path)
+    assert path.read_bytes() == before
+    if script is ddpm:
+        assert not (tmp_path / "new" / "checkpoint.pt").exists()
+
+    args.lr = np.float64(1e-3)
+    with monkeypatch.context() as patch:
+        interrupt(patch, os, "replace", 0 if script is dense_vae else 2, PermissionError(13, "locked"))
+        with pytest.raises(PermissionError, match="locked"):
+            script.fit(args, loader, path)
+    assert path.read_bytes() == before
+    (complete,) = (tmp_path / "new").glob("model.pt.*")  # kept
+    script.load(complete)
+    if script is ddpm:  # the checkpoint has numpy's number as a plain one
+        args.resume = True
+        script.fit(args, loader, path)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +200,11 @@ def test_fit_from_a_notebook(mnist, tmp_path):
     ],
 )
 def test_sweep_and_study_train_nothing_twice(
-    no_figures, script, vae, options, table, argv, tmp_path, monkeypatch
+    no_figures, script, vae, options, table, argv, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(vae, "ARCHITECTURES", [[4, 6]])
     monkeypatch.setattr(vae, "LATENT_DIMS", (2, 3))
+    monkeypatch.setattr(conv_vae, "has_bf16", lambda device: False)
     trained = interrupt(monkeypatch, vae, "train_vae", 1)  # in the second model
     with pytest.raises(KeyboardInterrupt):
         script.main([*argv, *options])
@@ -179,52 +213,89 @@ def test_sweep_and_study_train_nothing_twice(
         script.main([*argv, *options])
         tables.append((tmp_path / "out" / table).read_text())
     assert next(trained) == 3 and tables[0] == tables[1]
+    assert capsys.readouterr().out.count("delete it after a change of the code") == 3
     rows = list(csv.DictReader(tables[0].splitlines()))
     assert len(rows) == 2
     if script is beta_study:
         assert float(rows[1]["kl"]) < 0.5 * float(rows[0]["kl"])  # beta=100 against beta=0
-    with pytest.raises(OSError, match="--save-dir"):
+    with pytest.raises(OSError, match=r"lr 0.00\d, not 0.1: .*--save-dir"):
         script.main([*argv, *options, "--lr", "0.1"])
+    if vae is conv_vae:
+        with monkeypatch.context() as patch:
+            patch.setattr(vae, "has_bf16", lambda device: True)
+            with pytest.raises(OSError, match="precision fp32, not bf16"):
+                script.main([*argv, *options])
     write_mnist(tmp_path / "other", 99)
-    with pytest.raises(OSError, match="images.*--save-dir"):
+    with pytest.raises(OSError, match="pixel_sum.*--save-dir"):
         script.main([*argv, *options, "--data-dir", str(tmp_path / "other")])
 
 
+def closed(text, **kwargs):
+    if text.startswith("Epoch"):
+        raise BrokenPipeError
+
+
 def test_ddpm_interrupted_and_resumed(no_figures, argv, tmp_path, monkeypatch):
-    argv = [*argv, *DDPM, "--limit", "50", "--epochs", "3"]
-    ddpm.main([*argv, "--save-dir", str(tmp_path / "whole")])
-    with pytest.raises(OSError, match="there is no .*checkpoint.pt"):
+    argv = [*argv[2:], *DDPM]  # without --epochs
+    options = "--limit", "50", "--epochs", "3", "--lr", "0.001"
+    ddpm.main([*argv, *options, "--save-dir", str(tmp_path / "whole")])
+    with pytest.raises(OSError, match="No such file.*checkpoint.pt"):
         ddpm.main([*argv, "--resume"])
     with monkeypatch.context() as patch:
         interrupt(patch, ddpm.DDPM, "train_step", 7)  # in the second epoch of 5 steps each
         with pytest.raises(KeyboardInterrupt):
-            ddpm.main(argv)
+            ddpm.main([*argv, *options])
     checkpoint = tmp_path / "out" / "checkpoint.pt"
     saved = torch.load(checkpoint)
-    assert all(torch.equal(saved["ema"][f"module.{name}"], guide) for name, guide in saved["guide"].items())
+    assert all(torch.equal(saved["ema"][name], guide) for name, guide in saved["guide"].items())
     ddpm.main([*argv, "--load", str(checkpoint), "--save-dir", str(tmp_path / "figures")])
-    for name, value in ("lr", "0.1"), ("predict", "noise"), ("seed", "1"):
-        with pytest.raises(OSError, match=f"trained with {name} "):
+    with pytest.raises(OSError, match="unfinished training: --resume continues it"):
+        ddpm.main([*argv, *options])
+    for name, value, why in ("lr", "0.1", "lr 0.001, not"), ("epochs", "4", "has fallen to 0"):
+        with pytest.raises(OSError, match=why):
             ddpm.main([*argv, "--resume", f"--{name}", value])
+    with monkeypatch.context() as patch:  # the output is closed, as by head: the second epoch is kept
+        patch.setattr(ddpm, "print", closed, raising=False)
+        with pytest.raises(BrokenPipeError):
+            ddpm.main([*argv, "--resume"])
+    assert len(torch.load(checkpoint)["losses"]) == 2
     ddpm.main([*argv, "--resume"])
+    assert not checkpoint.exists()
     whole, resumed = (torch.load(tmp_path / name / "ddpm.pt") for name in ("whole", "out"))
     for part in "ema", "guide":
         assert all(torch.equal(weights, resumed[part][name]) for name, weights in whole[part].items())
     assert whole["losses"] == resumed["losses"]
     bias = "unet.final_conv.bias"
-    assert not torch.equal(whole["ema"][f"module.{bias}"], whole["guide"][bias])
-    with open(checkpoint, "r+b") as f:
-        f.truncate(1000)
-    with pytest.raises(OSError, match="can't load .*checkpoint.pt"):
-        ddpm.main([*argv, "--resume"])
+    assert not torch.equal(whole["ema"][bias], whole["guide"][bias])
+
+
+@pytest.mark.parametrize("epochs, guided_after", [(1, None), (2, 1), (30, 2)])
+def test_guiding_model(mnist, tmp_path, monkeypatch, epochs, guided_after):
+    """The EMA after a twelfth of the epochs, at least one. Each pair of seed and epoch has its own seed."""
+
+    def train_epoch(process, *_):
+        process.model.unet.final_conv.bias.data.add_(1)
+        return 0.0
+
+    seeds = []
+    monkeypatch.setattr(ddpm, "train_epoch", train_epoch)
+    monkeypatch.setattr(ddpm, "build_ema", lambda model: model)
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    loader, _ = common.load_mnist(mnist)
+    for seed in "0", "1":
+        args = ddpm.parse_args(["--epochs", str(epochs), "--device", "cpu", "--seed", seed])
+        _, guide = ddpm.fit(args, loader, str(tmp_path / "ddpm.pt"))
+        assert (guide and round(guide.unet.final_conv.bias.item())) == guided_after
+    assert len(set(seeds)) == len(seeds) == 2 * (epochs + 1)
 
 
 def test_compare(argv, mnist, tmp_path, capsys):
     dense_vae.main([*argv, "--latent-dim", "2"])
-    ddpm.main([*argv, *DDPM, "--num-samples", "100"])
+    ddpm.main([*argv, *DDPM])
+    np.save(tmp_path / "samples.npy", np.random.rand(120, 1, 28, 28))
     out, folder = tmp_path / "out", tmp_path / "compare"
-    paths = [str(out / name) for name in ("dense_vae_latent2.pt", "ddpm.pt", "samples.npy")]
-    options = ["--data-dir", str(mnist), "--device", "cpu", "--num-samples", "100", "--save-dir", str(folder)]
+    paths = [str(out / "dense_vae_latent2.pt"), str(out / "ddpm.pt")]
+    options = ["--data-dir", str(mnist), "--device", "cpu", "--save-dir", str(folder)]
     write_mnist(tmp_path / "other", 150, 150)
     with pytest.raises(OSError, match="trained on other images"):
         compare.main([*paths, *options, "--data-dir", str(tmp_path / "other")])
@@ -232,8 +303,23 @@ def test_compare(argv, mnist, tmp_path, capsys):
     for name in "flat.npy", "missing.pt", "data":
         with pytest.raises(OSError, match=name):
             compare.main([str(tmp_path / name), *options])
+    compare.main([*paths, str(tmp_path / "samples.npy"), *options, "--num-samples", "100"])
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    assert [row["model"] for row in rows[3:]] == ["dense_vae_latent2", "ddpm", "samples"]
     capsys.readouterr()
-    compare.main([*paths, *options])
+    representations.main([*paths, *options, "--num-images", "40"])
+    assert capsys.readouterr().out.count("linear probe") == 3 * 3 + 1  # three curves at three t, and the VAE
     names = "compare.csv", "compare.png", "quality_cost.png", "representations.png", "latent_spaces.png"
     assert set(names) <= set(os.listdir(folder))
-    assert capsys.readouterr().out.count("linear probe") == 3 * 3 + 1  # three curves at three t, and the VAE
+
+
+def test_ablation(argv, mnist, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "WALK", ablation.WALK[:1])
+    monkeypatch.setattr(ablation, "VARIANTS", [])
+    options = "--epochs", "1", "--seeds", "0", "--num-samples", "4", "--device", "cpu"
+    folders = "--data-dir", str(mnist), "--save-dir", str(tmp_path)
+    for what in "ddpm", "dense", "conv":
+        for _ in range(2):
+            ablation.main([what, *options, *folders])
+        rows = list(csv.DictReader((tmp_path / f"{what}.csv").open()))
+        assert len(rows) == {"ddpm": 1, "dense": 3, "conv": 4}[what]
