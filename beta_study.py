@@ -33,9 +33,9 @@ def encode_dataset(vae, data_loader, device):
 
 
 def active_units(means, threshold=0.01):
-    """Number of latent dimensions that are used: Var_x(E_q[z|x]) > 0.01 (Burda et al., 2016, section 5.2).
+    """Number of latent dimensions that are used: Var_x(E_{q(z|x)}[z]) > 0.01.
 
-    means: the posterior means of a data set, (n, d).
+    means: the posterior means of a data set, (n, d). From Burda et al. (2016, arXiv:1509.00519), section 5.2.
     """
     return (means.var(0) > threshold).sum().item()
 
@@ -62,9 +62,9 @@ def remote_samples(prior, train_codes, test_codes):
     """The share of remote samples of the prior, and all its samples, (m, d), the most remote first.
 
     Remote: further from the nearest training code than 99% of the test codes are. These are the report's
-    empty regions. Judging samples by their nearest neighbours is the idea of the precision of Kynkäänniemi et
-    al. (2019). The codes, (n, d), are samples of q(z|x), not its means: in an unused dimension all the means
-    are near 0, and most samples would be remote.
+    empty regions. The precision of Kynkäänniemi et al. (2019, arXiv:1904.06991) also judges samples by their
+    nearest neighbours. The codes, (n, d), are samples of q(z|x), not its means: in an unused dimension all
+    the means are near 0, and most samples would be remote.
     """
     threshold = nearest_distance(test_codes, train_codes).quantile(0.99)
     distance = nearest_distance(prior, train_codes)
@@ -82,7 +82,7 @@ def measure(vae, train_loader, test_loader, latent_dim, device):
 
 
 def plot_rate_distortion(rows, save_dir="results"):
-    """Draw the held-out distortion (BCE) against the rate (KL), a point per beta (Alemi et al., 2018)."""
+    """Draw the held-out BCE (distortion) against the KL (rate), as Alemi et al. (2018, arXiv:1711.00464)."""
     fig, ax = plt.subplots(figsize=(7, 5))
     ax.plot([row["kl"] for row in rows], [row["bce"] for row in rows], "o")
     for row in rows:
@@ -134,8 +134,8 @@ def parse_args(argv=None):
 
     if min(args.epochs, args.batch_size, args.latent_dim, args.limit, *args.channels) < 1:
         parser.error("--epochs, --batch-size, --latent-dim, --limit and --channels take whole numbers >= 1")
-    if len(args.channels) not in (2, 3) or len({f"{beta:g}" for beta in args.betas}) < len(args.betas):
-        parser.error("--channels takes two or three numbers, --betas each value once")
+    if len(args.channels) not in (2, 3):
+        parser.error("--channels takes two or three numbers")
     if not 0 < args.lr < math.inf or not all(0 <= beta < math.inf for beta in args.betas):
         parser.error("--lr takes a finite number above 0, --betas finite numbers >= 0")
     try:

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 backend = os.environ.get("MPLBACKEND", "")
 if backend.startswith("module://") and find_spec(backend.removeprefix("module://").split(".")[0]) is None:
     del os.environ["MPLBACKEND"]
-# The report's "Image enregistrée" must not stop a run whose output has no é.
+# If the terminal can't print the é of "Image enregistrée", it prints a question mark.
 if hasattr(sys.stdout, "reconfigure"):
     sys.stdout.reconfigure(errors="replace")
 
@@ -65,12 +65,10 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     """
     raw = os.path.join(data_dir, "MNIST", "raw")
     kinds = "images-idx3-ubyte", "labels-idx1-ubyte"
-    names = [f"{split}-{kind}" for split in ("train", "t10k") for kind in kinds]
-    paths = [os.path.join(raw, name) for name in names]
-    missing = [name for name in names if not os.path.exists(os.path.join(raw, name))]
+    paths = [os.path.join(raw, f"{split}-{kind}") for split in ("train", "t10k") for kind in kinds]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing and os.path.isdir(raw) and os.listdir(raw):  # a download would overwrite what is there
-        lacks = f"{raw} lacks {', '.join(missing)}"
-        raise OSError(f"{lacks}: add what is missing, unzipped, or delete the folder to download MNIST")
+        raise OSError(f"missing: {', '.join(missing)}. Add them, unzipped, or delete {raw} to download MNIST")
     if missing:
         print(f"Downloading MNIST. If nothing arrives, put its four files, unzipped, in {raw}", flush=True)
         try:
@@ -100,8 +98,8 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
 def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     """BCE + beta * KL, summed over the batch, in nats (report, §2.4).
 
-    x_recon, x: (B, 1, 28, 28), both in [0, 1]: BCE stops at others, for instance after transforms.Normalize
-    ("all elements of target should be between 0 and 1"). mu, logvar: (B, d). The formula of KL(N(mu,
+    x_recon, x: (B, 1, 28, 28), both in [0, 1]: otherwise BCE raises an error ("all elements of target should
+    be between 0 and 1"), for instance after transforms.Normalize. mu, logvar: (B, d). The formula of KL(N(mu,
     exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013, arXiv:1312.6114), appendix B. The weight beta,
     a global variable in the listing, is from Higgins et al. (2017, "beta-VAE").
 
@@ -125,9 +123,8 @@ def evaluate(vae, data_loader):
     for x, _ in data_loader:
         x = x.to(device)
         x_recon, mu, logvar = vae(x)
-        if x_recon.isnan().any():  # BCE would stop at it
-            loss = math.nan
-            break
+        if x_recon.isnan().any():  # BCE would raise another error
+            raise FloatingPointError("the reconstruction is nan: train again with a smaller --lr")
         bce += vae_loss(x_recon, x, mu, logvar, beta=0.0).item()
         loss += vae_loss(x_recon, x, mu, logvar).item()
     if not math.isfinite(loss):
@@ -166,12 +163,15 @@ def generate_samples(vae, latent_dim=2, n_samples=25, device="cpu"):
         z = torch.randn(n_samples, latent_dim).to(device)
         generated = vae.decode(z).cpu()
         if generated.dim() == 2:
-            generated = generated.view(n_samples, 1, 28, 28)
+            generated = generated.view(-1, 1, 28, 28)
     return generated
 
 
 def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="results", file_name=None):
-    """Draw the first n_rows * n_cols images, (n, 1, 28, 28) in [0, 1] (report, §2.5.2)."""
+    """Draw the first n_rows * n_cols images, (n, 1, 28, 28) in [0, 1] (report, §2.5.2).
+
+    The loop of the listing is in plot_images, its end in save_figure: other figures share them.
+    """
     title = f"Images générées par le VAE (latent_dim={latent_dim})"
     fig = plot_images(images, n_rows, n_cols, (6, 6), title)
     save_figure(fig, save_dir, file_name or f"images_gen_latent{latent_dim}.png")
@@ -189,7 +189,7 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
         for x, y in data_loader:
             mu, _ = vae.encode(x.to(device))
             all_mu.append(mu.cpu().numpy())
-            all_labels.append(y.cpu().numpy())
+            all_labels.append(y.cpu().numpy())  # here the labels may be on the GPU, too
     all_mu = np.concatenate(all_mu)
     all_labels = np.concatenate(all_labels)
     if all_mu.shape[1] != latent_dim:
@@ -264,7 +264,7 @@ def plot_losses(losses, save_dir="results"):
 def show_grid(ax, images, n_rows):
     """Show the images, (n, 1, H, W) in [0, 1], in n_rows rows, side by side."""
     grid = make_grid(images.cpu(), nrow=len(images) // n_rows, padding=0)[0]  # its three channels are equal
-    # By default imshow smooths the pixels, and blur is what these figures compare.
+    # By default imshow may smooth the pixels, and blur is what these figures compare.
     ax.imshow(grid.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
 

@@ -29,7 +29,7 @@ from common import vae_loss
 class ConvEncoder(nn.Module):
     """(B, 1, 28, 28) -> mu and logvar, (B, latent_dim) each (report, §3.1).
 
-    channels: those of the two or three layers.
+    channels: those of the two or three layers. The shapes below are those of the default.
     """
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
@@ -49,7 +49,7 @@ class ConvEncoder(nn.Module):
             flat_dim = channels[2] * 5 * 5
         self.conv_layers = nn.Sequential(*layers)
         self.flatten = nn.Flatten()
-        self.fc_mu = nn.Linear(flat_dim, latent_dim)  # from 128 * 5 * 5
+        self.fc_mu = nn.Linear(flat_dim, latent_dim)  # 128 * 5 * 5 in the listing
         self.fc_logvar = nn.Linear(flat_dim, latent_dim)
 
     def forward(self, x):
@@ -69,7 +69,7 @@ class ConvDecoder(nn.Module):
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
         self.shape = (channels[2], 5, 5) if len(channels) == 3 else (channels[1], 7, 7)
-        self.fc = nn.Linear(latent_dim, math.prod(self.shape))  # 128 * 5 * 5
+        self.fc = nn.Linear(latent_dim, math.prod(self.shape))  # 128 * 5 * 5 in the listing
         layers = []
         if len(channels) == 3:
             layers += [
@@ -128,15 +128,15 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     device = next(model.parameters()).device  # global in the listing
     losses = []
     for epoch in range(num_epochs):
-        model.train()  # again in each epoch: to draw samples in between takes eval()
+        model.train()  # in each epoch, as drawing samples between two of them needs eval()
         train_loss = torch.zeros((), device=device)
         for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_recon, mu, logvar = model(x)
-            # BCE would stop at a NaN, on a GPU with the whole process. The NaN still shows: one step later at
-            # the latest the encoder is NaN, and so is the KL term. float(): the loss is not in bfloat16.
+            # BCE raises an error at a NaN, on a GPU for the rest of the process. nan_to_num avoids it; the
+            # gradients still make the encoder NaN, and so the next KL term. float(): a loss in float32.
             loss = vae_loss(x_recon.nan_to_num(), x, mu.float(), logvar.float(), beta)
             loss.backward()
             optimizer.step()
@@ -176,7 +176,7 @@ def fit(args, train_loader, path, reuse=False):
     is already there is returned instead; raises OSError if it has other options or images. Also raises
     OSError if the file can't be written, and FloatingPointError if the training diverges.
     """
-    # tolist() makes plain numbers of numpy's: torch.load takes no others. The sum tells images apart.
+    # tolist() makes numpy's numbers plain: torch.load refuses them. pixel_sum distinguishes sets of images.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     if reuse and os.path.exists(path):
@@ -195,7 +195,7 @@ def fit(args, train_loader, path, reuse=False):
     print(f"VAE on {args.device} ({args.precision}): {parameters:,} parameters")
     # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = int(args.epochs) * len(train_loader)
+    total_steps = options["epochs"] * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     start = time.perf_counter()
     bf16 = args.precision == "bf16"
@@ -227,7 +227,7 @@ def load(path, device="cpu"):
         model = build_vae(saved["options"]["latent_dim"], saved["options"]["channels"], device)
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except OSError:  # missing or locked: it says so itself
+    except OSError:  # missing or locked, for example: its message says so
         raise
     except RuntimeError as error:  # cut short, or the network was edited since
         raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
@@ -262,8 +262,9 @@ def has_bf16(device):
     """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # not in older versions
-    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
+        return False
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def parse_args(argv=None):

@@ -4,7 +4,8 @@
     python ddpm.py --resume                                     go on after an interruption
     python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   samples.png in the report's 1000 steps
 
-Diffusion mixes a clean image, called x_0, with more and more Gaussian noise. After step t = 0, ..., 999 it is
+Diffusion mixes a clean image, always called x_0, with more and more Gaussian noise. After step t, from 0 to
+999, it is
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise,
 
@@ -13,9 +14,9 @@ sees x_t and t, and learns to predict the noise. Solved for x_0, the same formul
 
 Why many steps? Many images and noises fit one noisy x_t. Under the mean squared error, the best prediction is
 the mean of all these noises, so the x_0 that it implies is a mean of images: blurred. A jump there would end
-in a blurred image. A small step towards it is right, and from the less noisy x_{t-1} fewer images fit. So
-sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise away
-and adds a little new noise, none at t = 0.
+in a blurred image. A small step towards it is right, and fewer images fit the less noisy x_{t-1}. So
+sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise
+away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
 Needs common.py beside it. All the options: --help.
@@ -43,10 +44,7 @@ import common
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
-    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 to 1 / 10000 (annex).
-
-    dim: an even number, at least 4.
-    """
+    """t, (B,) -> (B, dim): sines, then cosines, of t at dim / 2 frequencies from 1 to 1 / 10000 (annex)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -55,7 +53,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
     def forward(self, time):
         device = time.device
         half_dim = self.dim // 2
-        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing: float64 for torch.compile
+        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing, float64 under torch.compile
         embeddings = torch.exp(torch.arange(half_dim, device=device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
         embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
@@ -148,11 +146,11 @@ class DDPM:
     W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see
     build_ddpm).
 
-    Step t adds noise: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise, with alpha_t = 1 - beta_t. All the
-    steps up to t together are forward_process, where alpha_bar_t is the product alpha_0 ... alpha_t: if that
-    is true of x_{t-1}, insert it in the step. x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is
-    sqrt(alpha_bar_t), and the variances of the two noises add to
-    alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t.
+    Step t adds noise: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise, with alpha_t = 1 - beta_t; at t = 0,
+    x_{t-1} is the clean image, with alpha_bar_{t-1} = 1. All the steps up to t together are forward_process,
+    where alpha_bar_t is the product alpha_0 ... alpha_t: if that is true of x_{t-1}, insert it in the step.
+    x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is sqrt(alpha_bar_t), and the variances of the two
+    independent noises add to alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t.
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -164,8 +162,8 @@ class DDPM:
         self.alphas = 1.0 - self.betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
-        print(f"Beta schedule: {beta_start} -> {beta_end}")
-        print(f"Alpha bars: {self.alpha_bars[0]:.3f} -> {self.alpha_bars[-1]:.3f}")
+        print(f"Beta schedule: {beta_start} → {beta_end}")
+        print(f"Alpha bars: {self.alpha_bars[0]:.3f} → {self.alpha_bars[-1]:.3f}")
         print(f"Nombre de timesteps: {timesteps}")
 
     def forward_process(self, x0, t, noise=None):
@@ -186,10 +184,11 @@ class DDPM:
         For t = 0, returns the clean image x_0. x: x_t, (B, 1, H, W), not limited to [-1, 1]; t: (B,), from 0
         to timesteps - 1.
 
-        If x_0 were known, x_{t-1} would follow sample_posterior below, at s = t - 1. Insert the network's
-        x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t) into the mean of that posterior (eq. 7),
-        and the mean below follows (eq. 11). The posterior has a smaller variance than beta_t, by 8% at
-        t = 20, by 1% at t = 200: both are allowed (section 3.2).
+        If x_0 were known, x_{t-1} would have the law that sample_posterior draws from, with s = t - 1. Insert
+        the network's x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t) into its mean (eq. 7), and
+        the mean below follows (eq. 11): the factor of x_t has beta_t + alpha_t - alpha_bar_t, which is
+        1 - alpha_bar_t. That law has a smaller variance than beta_t, by 55% at t = 1, 8% at t = 20 and 0.8%
+        at t = 200: both are possible choices (section 3.2).
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -232,6 +231,7 @@ class DDPM:
         self.model.eval()
         with torch.no_grad():
             x = torch.randn(num_samples, 1, image_size[0], image_size[1], device=self.device)
+            # [::-1] in place of the listing's reversed(): so tqdm knows how many steps there are.
             for i in tqdm(range(self.timesteps)[::-1], desc="Génération", leave=False):
                 t = torch.full((num_samples,), i, device=self.device, dtype=torch.long)
                 x = self.reverse_process(x, t)
@@ -252,10 +252,11 @@ class NoiseFromV(nn.Module):
     the x_0 terms cancel, and (a + 1 - a) noise remains.
 
     The loss is still the report's, on the noise. There an error e of v is sqrt(a) e, and its square counts a
-    times: 0.08 at t = 500, 4e-5 at t = 999. So v is hardly trained at a large t; but it hardly matters there,
-    as sqrt(1 - a) x_t, almost all of the noise, needs no learning. What is gained is x_0 = (x_t - sqrt(1 - a)
-    noise) / sqrt(a): it magnifies an error of a predicted noise, 157 times at t = 999. An error e of v is
-    sqrt(1 - a) e in x_0, never magnified. alpha_bars: those of the DDPM, (timesteps,).
+    times: 0.08 at t = 500, 4e-5 at t = 999. So the loss hardly sees v at a large t, where sqrt(1 - a) x_t,
+    almost all of the noise, needs no learning. What is gained is the estimate of x_0. From a predicted noise,
+    x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) has its error times sqrt((1 - a) / a), 157 at t = 999. From v,
+    x_0 = sqrt(a) x_t - sqrt(1 - a) v has the error sqrt(1 - a) e, never magnified. alpha_bars: those of the
+    DDPM, (timesteps,).
     """
 
     def __init__(self, unet, alpha_bars):
@@ -269,7 +270,7 @@ class NoiseFromV(nn.Module):
 
 
 def to_pixels(images):
-    """Images of the DDPM, in [-1, 1] but for small errors, as pixels in [0, 1]."""
+    """Images of the DDPM, in [-1, 1] except for small errors, as pixels in [0, 1]."""
     return (images.clamp(-1, 1) + 1) / 2
 
 
@@ -281,8 +282,11 @@ def x0_from_noise(x, noise, bar_t):
 def sample_posterior(x, x0, bar_t, bar_s):
     """Draw x_s ~ q(x_s | x_t, x_0) for a time s < t; x: x_t; bar_t, bar_s: alpha_bar at t and at s.
 
-    Bayes' rule for q(x_t | x_s) and q(x_s | x_0), both Gaussian (Ho et al., eq. 6 and 7, which hold for any
-    s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
+    Given x_0, x_s has the mean sqrt(bar_s) x_0 and the variance 1 - bar_s; given x_s, x_t has the mean
+    sqrt(alpha) x_s and the variance 1 - alpha. By Bayes' rule the precisions of x_s, 1 / variance, add up:
+    1 / (1 - bar_s) + alpha / (1 - alpha) = (1 - bar_t) / ((1 - bar_s) (1 - alpha)). The mean is that of x_0
+    and x_t / sqrt(alpha) weighted by them (Ho et al., eq. 6 and 7, which hold for any s < t). bar_s = 1 is
+    the clean image: the variance is 0, and the mean is x0.
     """
     alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
     mean = (math.sqrt(bar_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
@@ -300,16 +304,18 @@ def sample_fast(process, num_samples=16, steps=30, guide=None, guidance=1.5, ima
     2. (midpoint) On the way to s, the estimate would change. Take its value half way, on the straight line
        through the last two estimates, whose abscissa is log(SNR) = log(alpha_bar / (1 - alpha_bar)), the
        signal-to-noise ratio (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095).
-    3. (guidance) Push it away from the estimate of a guiding model, the same network after less training:
-       the result is guide + guidance * (model - guide), and 1 means no guidance (autoguidance: Karras et al.,
-       2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6, where a digit takes shape (an interval, as
-       in Kynkäänniemi et al., 2024, arXiv:2404.07724).
+    3. (guidance) Push it away from the estimate of a guiding model, the same network after less training,
+       by guidance - 1 times their difference. Without 2, this is guide + guidance * (model - guide): 1 means
+       no guidance (autoguidance: Karras et al., 2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6,
+       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724).
     4. Draw x_s from the posterior.
 
     Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
     there are time steps, it is the annex's, but for the variance (see reverse_process).
     """
     process.model.eval()
+    if guide is not None:
+        guide.eval()
     steps = min(steps, process.timesteps)
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
     # From timesteps - 1 to 0, closer near 0, where x_0 gets its details; the first term keeps them apart.
@@ -321,13 +327,13 @@ def sample_fast(process, num_samples=16, steps=30, guide=None, guidance=1.5, ima
     for i, t in enumerate(tqdm(times, desc="Génération", leave=False)):
         t_batch = torch.full((num_samples,), t, device=process.device)
         bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]
-        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)
+        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)  # float(): under autocast, bfloat16
         target = x0
-        if 0 < i < steps - 1:  # the last step ends at log(SNR) = infinity: there is no midpoint
+        if 0 < i < steps - 1:  # the first step has no last estimate, the last one ends at log(SNR) = infinity
             ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
             target = x0 + ratio / 2 * (x0 - x0_last)
         if guide is not None and guidance != 1 and 0.2 <= t / process.timesteps < 0.6:
-            x0_guide = x0_from_noise(x, guide.eval()(x, t_batch).float(), bar_t)
+            x0_guide = x0_from_noise(x, guide(x, t_batch).float(), bar_t)
             target = target + (guidance - 1) * (x0 - x0_guide)
         x0_last = x0
         x = sample_posterior(x, target, bar_t, bar_s)
@@ -341,10 +347,10 @@ def sample_fast(process, num_samples=16, steps=30, guide=None, guidance=1.5, ima
 def build_unet(device="cpu"):
     """The annex's U-Net, with initial weights under which the signal shrinks less.
 
-    It has no normalisation layers against that. A sum of fan_in products has fan_in times the mean square of
-    one: weights of variance 1 / fan_in keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take
-    2 / fan_in. With SiLU, a layer then keeps 0.5 to 0.8 of the mean square of its input; with PyTorch's
-    default, 1 / (3 fan_in), about a tenth.
+    It has no normalisation layers against that. An output is a sum over fan_in inputs, with independent
+    weights of mean 0: its mean square is fan_in times that of one product, and weights of variance 1 / fan_in
+    keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take 2 / fan_in. With SiLU, a layer then
+    keeps 0.5 to 0.8 of an input's mean square below 1; with PyTorch's default, 1 / (3 fan_in), about a tenth.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
@@ -354,7 +360,7 @@ def build_unet(device="cpu"):
         elif isinstance(module, nn.ConvTranspose2d):  # no SiLU follows; a pixel sees 2x2 of the 4x4
             nn.init.normal_(module.weight, std=(module.in_channels * 2 * 2) ** -0.5)
             nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.final_conv.weight)  # predicts 0 at first
+    nn.init.zeros_(model.final_conv.weight)  # at first it predicts 0, not something random
     if torch.device(device).type in ("cpu", "cuda"):  # on mps, some versions of torch get its gradients wrong
         model = model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
     return model.to(device)
@@ -362,7 +368,8 @@ def build_unet(device="cpu"):
 
 def build_ddpm(timesteps=1000, predict="v", device="cpu"):
     """A DDPM with an untrained U-Net that predicts "v" or "noise"; timesteps: 2 or more."""
-    scale = 1000 / timesteps  # as much noise in fewer steps (Nichol & Dhariwal, 2021, arXiv:2102.09672)
+    # About as much noise in fewer steps, as in the code of Nichol & Dhariwal (2021, arXiv:2102.09672).
+    scale = 1000 / timesteps
     process = DDPM(build_unet(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
     if predict == "v":
         process.model = NoiseFromV(process.model, process.alpha_bars)
@@ -385,8 +392,9 @@ def update_ema(ema, model):
     """Step k of the training: ema = k / (k + 9) ema + 9 / (k + 9) weights.
 
     Strictly, this is no exponential average but a power function average (Karras et al., 2024,
-    arXiv:2312.02696): multiplied out, the weights of step k have a share of about 9 k**8 / N**9 after N
-    steps. Whatever the length of the training, its last tenth makes 61% of the average, its first half 0.2%.
+    arXiv:2312.02696). Multiplied out, the weights of step k have the share 9 (k + 1) ... (k + 8) /
+    ((N + 1) ... (N + 9)) after N steps, about 9 k**8 / N**9. So in a long and in a short training alike, from
+    some hundred steps on, the last tenth makes 61% of the average (1 - 0.9**9), the first half 0.2% (0.5**9).
     """
     ema.steps += 1
     for average, weights in zip(ema.parameters(), model.parameters()):
@@ -447,7 +455,7 @@ def fit(args, train_loader, path):
     each epoch, and removed at the end. Raises FloatingPointError if the training diverges; OSError if a file
     can't be written, or if checkpoint.pt is there without args.resume, or has other options.
     """
-    # tolist() makes plain numbers of numpy's: torch.load takes no others. The sum tells images apart.
+    # tolist() makes numpy's numbers plain: torch.load refuses them. pixel_sum distinguishes sets of images.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     epochs, checkpoint = options["epochs"], os.path.join(os.path.dirname(path), "checkpoint.pt")
@@ -468,11 +476,9 @@ def fit(args, train_loader, path):
         saved = read(checkpoint)
         for name, value in options.items():
             if (before := saved["options"][name]) != value:
-                why = ", when its learning rate has fallen to 0" if name == "epochs" else ""
-                again = "type nothing but --resume, or delete it to start again"
-                raise OSError(
-                    f"{checkpoint} is of a training with {name} {before}{why}, not {value}: {again}"
-                )
+                why = ", and its learning rate falls to 0 by then" if name == "epochs" else ""
+                mend = "resume it without that option, or delete it to start again"
+                raise OSError(f"{checkpoint} was started with {name} {before}, not {value}{why}: {mend}")
         restore(saved, checkpoint, model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
         losses, seconds = saved["losses"], saved["seconds"]
         ema.steps = len(losses) * len(train_loader)
@@ -486,7 +492,7 @@ def fit(args, train_loader, path):
         )
 
     for epoch in range(len(losses), epochs):
-        # Each pair of seed and epoch draws its own numbers, and a resumed run those of an uninterrupted one.
+        # Two seeds below a million share no numbers, and a resumed run draws those of an uninterrupted one.
         torch.manual_seed((args.seed + 10**6 * (epoch + 1)) % 2**64)
         start = time.perf_counter()
         avg_loss = train_epoch(process, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
@@ -497,7 +503,9 @@ def fit(args, train_loader, path):
         if epoch + 1 == max(1, round(epochs / 12)) < epochs:
             guide = copy.deepcopy(ema)
         parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-        save(checkpoint, options, losses, seconds, **parts)  # before the line, whose output may be closed
+        save(
+            checkpoint, options, losses, seconds, **parts
+        )  # before print, which fails if its output is closed
         print(f"Epoch [{epoch + 1}/{epochs}] Average loss: {avg_loss:.4f}", flush=True)
     save(path, options, losses, seconds, ema=ema, guide=guide)
     os.remove(checkpoint)
@@ -522,7 +530,7 @@ def read(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         script = saved["script"]
-    except OSError:  # missing or locked: it says so itself
+    except OSError:  # missing or locked, for example: its message says so
         raise
     except RuntimeError as error:  # cut short
         raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
@@ -581,8 +589,9 @@ def has_bf16(device):
     """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}  # not in older versions
-    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
+        return False
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def parse_args(argv=None):
@@ -617,10 +626,10 @@ def parse_args(argv=None):
 
     if min(args.epochs, args.batch_size, args.steps, args.limit) < 1:
         parser.error("--epochs, --batch-size, --steps and --limit take whole numbers >= 1")
-    if not 0 < args.lr < math.inf:
-        parser.error("--lr takes a finite number above 0")
-    if not 2 <= args.timesteps <= 10**6 or not 0 <= args.guidance <= 100:
-        parser.error("--timesteps takes a whole number from 2 to 1000000, --guidance a number from 0 to 100")
+    if args.timesteps < 2:
+        parser.error("--timesteps takes a whole number >= 2")
+    if not 0 < args.lr < math.inf or not math.isfinite(args.guidance):
+        parser.error("--lr takes a finite number above 0, --guidance a finite number")
     try:
         torch.zeros(1, device=args.device).item()
     except Exception as error:  # torch has several types for it

@@ -104,14 +104,14 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     device = next(model.parameters()).device  # global in the listing
     losses = []
     for epoch in range(num_epochs):
-        model.train()  # again in each epoch: to draw samples in between takes eval()
+        model.train()  # in each epoch, as drawing samples between two of them needs eval()
         train_loss = torch.zeros((), device=device)
         for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            # BCE would stop at a NaN, on a GPU with the whole process. The NaN still shows: one step later at
-            # the latest the encoder is NaN, and so is the KL term.
+            # BCE raises an error at a NaN, on a GPU for the rest of the process. nan_to_num avoids it; the
+            # gradients still make the encoder NaN, and so the next KL term.
             loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
@@ -148,7 +148,7 @@ def fit(args, train_loader, path, reuse=False):
     is already there is returned instead; raises OSError if it has other options or images. Also raises
     OSError if the file can't be written, and FloatingPointError if the training diverges.
     """
-    # tolist() makes plain numbers of numpy's: torch.load takes no others. The sum tells images apart.
+    # tolist() makes numpy's numbers plain: torch.load refuses them. pixel_sum distinguishes sets of images.
     options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
     options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
     if reuse and os.path.exists(path):
@@ -167,7 +167,7 @@ def fit(args, train_loader, path, reuse=False):
     print(f"VAE on {args.device}: {parameters:,} parameters")
     # Adam's betas: OneCycleLR replaces the 0.9, by 0.95 to 0.85 and back; 0.99 gave a lower loss than 0.999.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = int(args.epochs) * len(train_loader)
+    total_steps = options["epochs"] * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
     start = time.perf_counter()
     losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler)
@@ -198,7 +198,7 @@ def load(path, device="cpu"):
         model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"], device)
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except OSError:  # missing or locked: it says so itself
+    except OSError:  # missing or locked, for example: its message says so
         raise
     except RuntimeError as error:  # cut short, or the network was edited since
         raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error

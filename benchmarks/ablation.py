@@ -40,8 +40,8 @@ ANNEX = {
     "clip": False,
     "weights": "torch",
     "predict": "noise",
+    "bf16": True,  # where the hardware has it
 }
-ANNEX |= {"bf16": True}  # where the hardware has it
 WALK = [
     ("the annex as printed", {}),
     ("+ zero_grad", {"zero_grad": True}),

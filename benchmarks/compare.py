@@ -49,7 +49,7 @@ def load(path, device, train_images):
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             script = {"dense_vae": dense_vae, "conv_vae": conv_vae, "ddpm": ddpm}[saved["script"]]
-    except OSError:  # locked, say: it says so itself
+    except OSError:  # locked, for example: its message says so
         raise
     except Exception as error:
         raise OSError(

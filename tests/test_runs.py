@@ -53,7 +53,7 @@ def held_out(out):
     [
         (dense_vae, ["--epochs", "0"]),
         (conv_vae, ["--channels", "32"]),
-        (beta_study, ["--betas", "1", "2", "1.0"]),
+        (beta_study, ["--betas", "1", "-2"]),
         (ddpm, ["--guidance", "nan"]),
         (ddpm, ["--device", "cuda:99"]),
     ],
@@ -113,7 +113,7 @@ def test_data_that_is_incomplete_or_damaged(mnist):
     assert len(common.load_mnist(mnist)[0].dataset) == 100
     os.rename(raw / "t10k-labels-idx1-ubyte", raw / "t10k-labels.idx1-ubyte")
     before = {path.name: path.read_bytes() for path in raw.iterdir()}
-    with pytest.raises(OSError, match="lacks t10k-labels-idx1-ubyte:"):
+    with pytest.raises(OSError, match="missing: .*t10k-labels-idx1-ubyte. Add"):
         common.load_mnist(mnist)
     assert before == {path.name: path.read_bytes() for path in raw.iterdir()}
     os.rename(raw / "t10k-labels.idx1-ubyte", raw / "t10k-labels-idx1-ubyte")
@@ -251,7 +251,7 @@ def test_ddpm_interrupted_and_resumed(no_figures, argv, tmp_path, monkeypatch):
     ddpm.main([*argv, "--load", str(checkpoint), "--save-dir", str(tmp_path / "figures")])
     with pytest.raises(OSError, match="unfinished training: --resume continues it"):
         ddpm.main([*argv, *options])
-    for name, value, why in ("lr", "0.1", "lr 0.001, not"), ("epochs", "4", "has fallen to 0"):
+    for name, value, why in ("lr", "0.1", "lr 0.001, not"), ("epochs", "4", "falls to 0"):
         with pytest.raises(OSError, match=why):
             ddpm.main([*argv, "--resume", f"--{name}", value])
     with monkeypatch.context() as patch:  # the output is closed, as by head: the second epoch is kept
