@@ -674,7 +674,5 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         sys.exit(f"ddpm.py: {error} Try a smaller --batch-size.")
     except KeyboardInterrupt:
-        kept = "the epochs and models named above are kept"
-        sys.exit(
-            f"ddpm.py: interrupted; {kept}: --resume continues a training, --load PATH draws the figures"
-        )
+        saved = "after 'Epoch' above, --resume continues; after 'Model saved', --load PATH draws the figures"
+        sys.exit(f"ddpm.py: interrupted; {saved}")

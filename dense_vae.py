@@ -298,7 +298,5 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         sys.exit(f"dense_vae.py: {error} Try a smaller --batch-size.")
     except KeyboardInterrupt:
-        kept = "the models named above are kept"
-        sys.exit(
-            f"dense_vae.py: interrupted; {kept}: --load PATH draws the figures, --sweep trains the others"
-        )
+        saved = "after 'Model saved' above, --load PATH draws its figures, and --sweep goes on with the next"
+        sys.exit(f"dense_vae.py: interrupted; {saved}")
