@@ -80,7 +80,7 @@ def samplers(script, model, device):
 
         return sample
 
-    return {f"{steps} steps": fast(steps) for steps in STEPS}
+    return {f"{min(steps, process.timesteps)} steps": fast(steps) for steps in STEPS}
 
 
 def generate(sample, n):
