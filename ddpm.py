@@ -477,7 +477,7 @@ def fit(args, train_loader, path):
         for name, value in options.items():
             if (before := saved["options"][name]) != value:
                 why = ", and its learning rate falls to 0 by then" if name == "epochs" else ""
-                mend = "resume it without that option, or delete it to start again"
+                mend = "start as before (pixel_sum: the images in --data-dir), or delete it to start again"
                 raise OSError(f"{checkpoint} was started with {name} {before}, not {value}{why}: {mend}")
         restore(saved, checkpoint, model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
         losses, seconds = saved["losses"], saved["seconds"]
@@ -493,7 +493,7 @@ def fit(args, train_loader, path):
 
     for epoch in range(len(losses), epochs):
         # Two seeds below a million share no numbers, and a resumed run draws those of an uninterrupted one.
-        torch.manual_seed((args.seed + 10**6 * (epoch + 1)) % 2**64)
+        torch.manual_seed((options["seed"] + 10**6 * (epoch + 1)) % 2**64)
         start = time.perf_counter()
         avg_loss = train_epoch(process, train_loader, optimizer, scheduler, ema, args.precision == "bf16")
         seconds += time.perf_counter() - start
@@ -519,25 +519,21 @@ def save(path, options, losses, seconds, **parts):
     saved |= {name: None if part is None else part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
     torch.save(saved, buffer)
-    complete = f"{path}.{os.getpid()}"
-    with open(complete, "wb") as f:
+    with open(f"{path}.new", "wb") as f:
         f.write(buffer.getbuffer())
-    os.replace(complete, path)  # if this is refused, its error names the complete file
+    os.replace(f"{path}.new", path)  # if this is refused, its error names the complete file
 
 
 def read(path):
     """The dictionary that `save` wrote. Raises OSError if the file is missing, damaged or another one."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        script = saved["script"]
-    except OSError:  # missing or locked, for example: its message says so
-        raise
-    except RuntimeError as error:  # cut short
+        if saved["script"] != "ddpm":
+            raise OSError(f"it is a model of {saved['script']}.py")
+    except (OSError, RuntimeError) as error:  # missing, locked, or cut short
         raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
     except Exception as error:  # any other file
         raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error
-    if script != "ddpm":
-        raise OSError(f"{path} is a model of {script}.py")
     return saved
 
 

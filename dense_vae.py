@@ -155,7 +155,7 @@ def fit(args, train_loader, path, reuse=False):
         model = load(path, args.device)
         for name, value in options.items():
             if (before := model.options.get(name)) != value:
-                mend = "delete it, or give another --save-dir"
+                mend = "delete it, or give another --save-dir (pixel_sum: of the images in --data-dir)"
                 raise OSError(f"{path} was trained with {name} {before}, not {value}: {mend}")
         print(f"{path} is not trained again: delete it after a change of the code")
         return model
@@ -178,10 +178,9 @@ def fit(args, train_loader, path, reuse=False):
     saved |= {"seconds": time.perf_counter() - start, "state_dict": model.state_dict()}
     buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
     torch.save(saved, buffer)
-    complete = f"{path}.{os.getpid()}"
-    with open(complete, "wb") as f:
+    with open(f"{path}.new", "wb") as f:
         f.write(buffer.getbuffer())
-    os.replace(complete, path)  # if this is refused, its error names the complete file
+    os.replace(f"{path}.new", path)  # if this is refused, its error names the complete file
     print(f"Model saved: {path}")
     return load(path, args.device)
 
@@ -194,13 +193,11 @@ def load(path, device="cpu"):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "dense_vae":
-            raise OSError(f"{path} is a model of {saved['script']}.py")
+            raise OSError(f"it is a model of {saved['script']}.py")
         model = build_vae(saved["options"]["latent_dim"], saved["options"]["hidden_dims"], device)
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except OSError:  # missing or locked, for example: its message says so
-        raise
-    except RuntimeError as error:  # cut short, or the network was edited since
+    except (OSError, RuntimeError) as error:  # missing, locked, cut short, or the network was edited since
         raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
     except Exception as error:  # any other file
         raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error

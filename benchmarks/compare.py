@@ -49,12 +49,8 @@ def load(path, device, train_images):
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             script = {"dense_vae": dense_vae, "conv_vae": conv_vae, "ddpm": ddpm}[saved["script"]]
-    except OSError:  # locked, for example: its message says so
-        raise
     except Exception as error:
-        raise OSError(
-            f"{path} is damaged, or not a model of these scripts ({type(error).__name__})"
-        ) from error
+        raise OSError(f"can't load {path}, is it a model of these scripts? ({error!r:.100})") from error
     if path.endswith(".npy"):
         if images.shape[1:] != (1, 28, 28) or len(images) < 100:
             raise OSError(f"{path} is an array of {tuple(images.shape)}: give (n, 1, 28, 28), n at least 100")
@@ -64,6 +60,12 @@ def load(path, device, train_images):
     if saved["options"]["pixel_sum"] != train_images[: saved["options"]["limit"]].sum().item():
         raise OSError(f"{path} was trained on other images than those in --data-dir")
     return script, script.load(path, device)
+
+
+def names(paths):
+    """{name: path}: the names of the files, or their paths if two files have the same name."""
+    short = {os.path.splitext(os.path.basename(path))[0]: path for path in paths}
+    return short if len(short) == len(paths) else {path: path for path in paths}
 
 
 def samplers(script, model, device):
@@ -231,10 +233,7 @@ def main(argv=None):
     args = parse_args(argv)
     loaders = common.load_mnist(args.data_dir, device=args.device)
     train, test = (loader.dataset.tensors[0].cpu() for loader in loaders)
-    names = [os.path.splitext(os.path.basename(path))[0] for path in args.paths]
-    if len(set(names)) < len(names):
-        names = args.paths
-    models = {name: load(path, args.device, train) for name, path in zip(names, args.paths)}
+    models = {name: load(path, args.device, train) for name, path in names(args.paths).items()}
     os.makedirs(args.save_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the work
     train, test = train / 255, test / 255
@@ -248,7 +247,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     n, n_cost = args.num_samples, min(args.num_samples, 2000)
     digits = train[torch.randperm(len(train))[:n]]
-    images = {"test digits": test[:n], "training digits": digits, "noise": torch.rand(n, 1, 28, 28)}
+    images = {"test digits": test[:n], "training digits": digits, "uniform noise": torch.rand(n, 1, 28, 28)}
     of_digits = frechet(classify(classifier, digits[:n_cost])[0], real)
     columns, points = {}, {}  # what is known of a model besides its images
     for name, (script, model) in models.items():

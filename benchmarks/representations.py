@@ -14,7 +14,7 @@ import tempfile
 
 import torch
 import torch.nn.functional as F
-from compare import DEFAULTS, load
+from compare import DEFAULTS, load, names
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import KNeighborsClassifier
@@ -145,19 +145,18 @@ def main(argv=None):
     args = parse_args(argv)
     loaders = common.load_mnist(args.data_dir, device="cpu")
     train_images = loaders[0].dataset.tensors[0]
-    models = [(path, *load(path, args.device, train_images)) for path in args.paths]
+    models = {name: load(path, args.device, train_images) for name, path in names(args.paths).items()}
     os.makedirs(args.save_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the work
     n = args.num_images
     train, test = ((x[:n] / 255, y[:n]) for x, y in (loader.dataset.tensors for loader in loaders))
 
     times, curves, lines, spaces = [], {}, {}, {}
-    for path, script, model in models:
+    for name, (script, model) in models.items():
         if script is ddpm:
             times, curves, (title, space) = read_unet(model[0], train, test, args.seed)
             spaces[title] = space
         elif script is not None:
-            name = os.path.splitext(os.path.basename(path))[0]
             features = [encode(model, images) for images, _ in (train, test)]
             lines[f"{name}, mu"] = linear, nearest = probe(features[0], train[1], features[1], test[1])
             print(f"{name}, mu: linear probe {linear:.2%}, nearest neighbours {nearest:.2%}")
