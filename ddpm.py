@@ -222,6 +222,8 @@ class DDPM:
 
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
         loss.backward()
+        # Not in the listing: clipping. Without it, some trainings have a step that throws them far back.
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
 
