@@ -222,7 +222,7 @@ class DDPM:
 
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
         loss.backward()
-        # Not in the listing: clipping. Without it, some trainings have a step that throws them far back.
+        # Clipping: not in the listing. Without it, a training was thrown far back (benchmarks/LOG.md).
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
@@ -256,8 +256,10 @@ class NoiseFromV(nn.Module):
     times: 0.08 at t = 500, 4e-5 at t = 999. So the loss hardly sees v at a large t, where sqrt(1 - a) x_t,
     almost all of the noise, needs no learning. What is gained is the estimate of x_0. From a predicted noise,
     x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) has its error times sqrt((1 - a) / a), 157 at t = 999. From v,
-    x_0 = sqrt(a) x_t - sqrt(1 - a) v has the error sqrt(1 - a) e, never magnified. alpha_bars: those of the
-    DDPM, (timesteps,).
+    x_0 = sqrt(a) x_t - sqrt(1 - a) v has the error sqrt(1 - a) e, never magnified. Worth, after three epochs
+    and over three seeds: a Fréchet distance of 48 ± 3 in place of 105 ± 85 (benchmarks/README.md).
+
+    alpha_bars: those of the DDPM, (timesteps,).
     """
 
     def __init__(self, unet, alpha_bars):
@@ -308,7 +310,8 @@ def sample_fast(process, num_samples=16, steps=30, guide=None, guidance=1.5, ima
     3. (guidance) Push it away from the estimate of a guiding model, the same network after less training,
        by guidance - 1 times their difference. Without 2, this is guide + guidance * (model - guide): 1 means
        no guidance (autoguidance: Karras et al., 2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6,
-       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724).
+       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724). Worth, as
+       for NoiseFromV: 27.3 ± 0.5 in place of 48 ± 3.
     4. Draw x_s from the posterior.
 
     Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
@@ -352,6 +355,7 @@ def build_unet(device="cpu"):
     weights of mean 0: its mean square is fan_in times that of one product, and weights of variance 1 / fan_in
     keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take 2 / fan_in. With SiLU, a layer then
     keeps 0.5 to 0.8 of an input's mean square below 1; with PyTorch's default, 1 / (3 fan_in), about a tenth.
+    Worth, as for NoiseFromV, but without it: 99 ± 83 in place of 251 ± 42.
     """
     model = SimpleMNistUNet()
     for module in model.modules():

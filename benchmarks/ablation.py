@@ -230,8 +230,16 @@ def plot_walk(rows, save_dir):
     for seed in dict.fromkeys(row["seed"] for row in rows):
         points = [(names.index(row["row"]), float(row["frechet"])) for row in rows if row["seed"] == seed]
         ax.plot(*zip(*sorted(points)), "o-", label=f"seed {seed}", alpha=0.7)
+    for x, name in enumerate(names):
+        if all(row["frechet"] == "nan" for row in rows if row["row"] == name):
+            ax.text(
+                x, 0.5, "samples not finite", rotation=90, va="center", transform=ax.get_xaxis_transform()
+            )
     ax.set_yscale("log")
+    ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_xticks(range(len(names)), names, rotation=25, ha="right")
+    ax.yaxis.set_minor_formatter("{x:.0f}")
+    ax.yaxis.set_major_formatter("{x:.0f}")
     ax.set_ylabel("Fréchet distance")
     ax.set_title("From the report's annex to the default DDPM")
     ax.grid(axis="y", which="both", alpha=0.3)
