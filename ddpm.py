@@ -492,9 +492,8 @@ def fit(args, train_loader, path):
             restore(saved, checkpoint, guide=guide)
         print(f"Resuming after epoch {len(losses)}")
     elif os.path.exists(checkpoint):
-        raise OSError(
-            f"{checkpoint} is an unfinished training: --resume continues it; delete it to start again"
-        )
+        mend = "--resume continues it; delete it to start again"
+        raise OSError(f"{checkpoint} is an unfinished training: {mend}")
 
     for epoch in range(len(losses), epochs):
         # Two seeds below a million share no numbers, and a resumed run draws those of an uninterrupted one.
@@ -508,9 +507,7 @@ def fit(args, train_loader, path):
         if epoch + 1 == max(1, round(epochs / 12)) < epochs:
             guide = copy.deepcopy(ema)
         parts = {"model": model, "ema": ema, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-        save(
-            checkpoint, options, losses, seconds, **parts
-        )  # before print, which fails if its output is closed
+        save(checkpoint, options, losses, seconds, **parts)  # before print, whose output may be closed
         print(f"Epoch [{epoch + 1}/{epochs}] Average loss: {avg_loss:.4f}", flush=True)
     save(path, options, losses, seconds, ema=ema, guide=guide)
     os.remove(checkpoint)
