@@ -287,9 +287,9 @@ def sample_posterior(x, x0, bar_t, bar_s):
 
     Given x_0, x_s has the mean sqrt(bar_s) x_0 and the variance 1 - bar_s; given x_s, x_t has the mean
     sqrt(alpha) x_s and the variance 1 - alpha. By Bayes' rule the precisions of x_s, 1 / variance, add up:
-    1 / (1 - bar_s) + alpha / (1 - alpha) = (1 - bar_t) / ((1 - bar_s) (1 - alpha)). The mean is the average of
-    sqrt(bar_s) x_0 and x_t / sqrt(alpha), weighted by these two precisions (Ho et al., eq. 6 and 7, which hold
-    for any s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
+    1 / (1 - bar_s) + alpha / (1 - alpha) = (1 - bar_t) / ((1 - bar_s) (1 - alpha)). The mean is the average
+    of sqrt(bar_s) x_0 and x_t / sqrt(alpha), weighted by these two precisions (Ho et al., eq. 6 and 7, which
+    hold for any s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
     """
     alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
     mean = (math.sqrt(bar_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
