@@ -109,7 +109,7 @@ def test_beta_study():
 
 
 def test_ddpm():
-    files = short_run(ddpm, "ddpm.pt", "--steps", "3")
+    files = short_run(ddpm, "ddpm.pt", "--steps", "3", "--epochs", "6", "--lr", "1e-3")
     assert files == {"ddpm.pt", "noising.png", "denoising.png", "samples.png", "loss.png"}
 
 

@@ -14,7 +14,6 @@ import csv
 import os
 import sys
 import time
-from unittest import mock
 
 import numpy as np
 import torch
@@ -36,82 +35,57 @@ from common import plt
 ANNEX = {
     "zero_grad": False,
     "one_cycle": False,
-    "beta2": 0.999,
-    "clip": False,
-    "weights": "torch",
+    "he": False,
     "predict": "noise",
     "bf16": True,  # where the hardware has it
 }
 WALK = [
     ("the annex as printed", {}),
     ("+ zero_grad", {"zero_grad": True}),
-    ("+ one-cycle to 3e-3, beta2 0.99", {"one_cycle": True, "beta2": 0.99}),
-    ("+ clipping", {"clip": True}),
-    ("+ He's weights, zero last layer", {"weights": "he"}),
-    ("+ EMA", {}),
+    ("+ one-cycle to 3e-3", {"one_cycle": True}),
+    ("+ He's weights, zero last layer", {"he": True}),
     ("+ v", {"predict": "v"}),
     ("+ guidance", {}),
+    ("+ guidance, but float32", {"bf16": False}),
 ]
-# Beside the walk: "+ v", with one thing taken back.
-VARIANTS = [
-    ("+ v, but no EMA", {}),
-    ("+ v, but no clipping", {"clip": False}),
-    ("+ v, but beta2 0.999", {"beta2": 0.999}),
-    ("+ v, but PyTorch's transposed convolutions", {"weights": "he, torch"}),
-    ("+ v, but float32", {"bf16": False}),
-]
-
-
-def ddpm_rows():
-    """For each row (name, how it is trained, whether its EMA is sampled, whether that is guided)."""
-    rows, how = [], ANNEX
-    for name, change in WALK:
-        how = how | change
-        rows.append((name, how, name in ("+ EMA", "+ v", "+ guidance"), name == "+ guidance"))
-    return rows + [(name, how | change, name != "+ v, but no EMA", False) for name, change in VARIANTS]
 
 
 def build_process(how, device):
     """An untrained DDPM."""
     process = ddpm.build_ddpm(1000, how["predict"], device)
-    for module in process.model.modules():
-        if isinstance(module, nn.ConvTranspose2d) and how["weights"] != "he":
-            module.reset_parameters()
-        elif isinstance(module, nn.Conv2d) and how["weights"] == "torch":
-            module.reset_parameters()
+    if not how["he"]:
+        for module in process.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.reset_parameters()
     return process
 
 
 def train_ddpm(how, train_loader, epochs, seed, device):
-    """Train a DDPM; returns the states of its model, EMA and guiding model, and the seconds of an epoch."""
+    """Train a DDPM; returns the states of its model and its guiding model, and the seconds of an epoch."""
     torch.manual_seed(seed)
-    process = build_process(how, device)
-    ema, scheduler = ddpm.build_ema(process.model), None
+    process, scheduler = build_process(how, device), None
     lr = 3e-3 if how["one_cycle"] else 1e-3
-    optimizer = Adam(process.model.parameters(), lr=lr, betas=(0.9, how["beta2"]), fused=True)
+    optimizer = Adam(process.model.parameters(), lr=lr, fused=True)
     if how["one_cycle"]:
         scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(train_loader))
     if not how["zero_grad"]:
         optimizer.zero_grad = lambda: None
-    clip = nn.utils.clip_grad_norm_ if how["clip"] else lambda *_: None
-    seconds = []
+    bf16, seconds = how["bf16"] and ddpm.has_bf16(device), []
     for epoch in range(epochs):
         torch.manual_seed(10_000 * seed + epoch + 1)
         start = time.perf_counter()
-        bf16 = how["bf16"] and ddpm.has_bf16(device)
-        with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
-            ddpm.train_epoch(process, train_loader, optimizer, scheduler, ema, bf16)
+        ddpm.train_epoch(process, train_loader, optimizer, scheduler, bf16)
         seconds.append(time.perf_counter() - start)
         if epoch == 0:
-            guide = copy.deepcopy(ema.state_dict())
-    saved = {"model": process.model.state_dict(), "ema": ema.state_dict(), "guide": guide}
+            guide = copy.deepcopy(process.model.state_dict())
+    saved = {"model": process.model.state_dict(), "guide": guide}
     return saved | {"seconds": min(seconds)}  # the fastest epoch, as machines are shared
 
 
-def measure_ddpm(how, saved, ema, guided, test_loader, classifier, real, num_samples, seed, device):
-    """The columns of a row; frechet and doubtful are those of samples in 30 steps."""
+def measure_ddpm(how, saved, guided, test_loader, classifier, real, num_samples, seed, device):
+    """The columns of a row; frechet and doubtful are those of samples of sample_fast."""
     process, guide = build_process(how, device), None
-    process.model.load_state_dict(saved["ema" if ema else "model"])
+    process.model.load_state_dict(saved["model"])
     if guided:
         guide = copy.deepcopy(process.model)
         guide.load_state_dict(saved["guide"])
@@ -122,7 +96,7 @@ def measure_ddpm(how, saved, ema, guided, test_loader, classifier, real, num_sam
         except FloatingPointError:
             loss = np.nan
         batches = tqdm(torch.arange(num_samples).split(100), desc="Samples", leave=False)
-        xs = [ddpm.sample_fast(process, len(batch), 30, guide)[-1].float() for batch in batches]
+        xs = [ddpm.sample_fast(process, len(batch), guide=guide)[-1].float() for batch in batches]
     pixels, distance, doubtful = ddpm.to_pixels(torch.cat(xs)), np.nan, np.nan
     if pixels.isfinite().all():
         features, probabilities = classify(classifier, pixels)
@@ -137,7 +111,9 @@ def ablate_ddpm(args, loaders, table):
     classifier = train_classifier(loaders[0], args.device)
     real, _ = classify(classifier, torch.cat([x for x, _ in loaders[1]]))
     for seed in args.seeds:
-        for name, how, ema, guided in ddpm_rows():
+        how = ANNEX
+        for name, change in WALK:
+            how = how | change
             if table.has(name, seed):
                 continue
             file_name = "-".join(map(str, [*how.values(), args.epochs, seed])) + ".pt"
@@ -146,16 +122,16 @@ def ablate_ddpm(args, loaders, table):
                 torch.save(train_ddpm(how, loaders[0], args.epochs, seed, args.device), path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             sampling = classifier, real, args.num_samples, seed, args.device
-            table.add(name, seed, measure_ddpm(how, saved, ema, guided, loaders[1], *sampling))
+            table.add(name, seed, measure_ddpm(how, saved, "guidance" in name, loaders[1], *sampling))
 
 
 # ---- The VAEs: from the listing's loop with Adam to the default
 
 VAE_WALK = [
-    ("Adam at 1e-3", {"one_cycle": False, "beta2": 0.999, "bf16": False}),
+    ("Adam at 1e-3", {"one_cycle": False, "beta2": 0.999, "bf16": True}),  # where the hardware has it
     ("+ one-cycle to the default --lr", {"one_cycle": True}),
     ("+ beta2 0.99", {"beta2": 0.99}),
-    ("+ bfloat16", {"bf16": True}),
+    ("+ beta2 0.99, but float32", {"bf16": False}),
 ]
 
 
@@ -166,7 +142,7 @@ def ablate_vae(args, loaders, table, script):
         how = {}
         for name, change in VAE_WALK:
             how = how | change
-            if table.has(name, seed) or (how["bf16"] and script is dense_vae):
+            if table.has(name, seed) or (not how["bf16"] and script is dense_vae):  # it has no bfloat16
                 continue
             torch.manual_seed(seed)
             vae, scheduler = script.build_vae(device=args.device), None
@@ -174,7 +150,8 @@ def ablate_vae(args, loaders, table, script):
             optimizer = Adam(vae.parameters(), lr=lr, betas=(0.9, how["beta2"]), fused=True)
             if how["one_cycle"]:
                 scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=args.epochs * len(loaders[0]))
-            options = {"bf16": conv_vae.has_bf16(args.device)} if how["bf16"] else {}
+            bf16 = how["bf16"] and conv_vae.has_bf16(args.device)
+            options = {"bf16": bf16} if script is conv_vae else {}
             start = time.perf_counter()
             script.train_vae(vae, loaders[0], optimizer, args.epochs, scheduler=scheduler, **options)
             seconds = (time.perf_counter() - start) / args.epochs
@@ -226,7 +203,7 @@ class Table:
 def plot_walk(rows, save_dir):
     """Draw the Fréchet distance from row to row of the walk, a point for each seed."""
     fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    names = [name for name, _ in WALK]
+    names = [name for name, _ in WALK if any(row["row"] == name for row in rows)]
     for seed in dict.fromkeys(row["seed"] for row in rows):
         points = [(names.index(row["row"]), float(row["frechet"])) for row in rows if row["seed"] == seed]
         ax.plot(*zip(*sorted(points)), "o-", label=f"seed {seed}", alpha=0.7)
@@ -266,8 +243,7 @@ def main(argv=None):
     table = Table(os.path.join(args.save_dir, f"{args.what}.csv"), args.epochs)
     if args.what == "ddpm":
         ablate_ddpm(args, loaders, table)
-        names = [name for name, _ in WALK]
-        plot_walk([row for row in table.rows if row["row"] in names], args.save_dir)
+        plot_walk([row for row in table.rows if row["epochs"] == str(args.epochs)], args.save_dir)
     else:
         ablate_vae(args, loaders, table, dense_vae if args.what == "dense" else conv_vae)
     for name, columns in table.summary().items():

@@ -30,7 +30,7 @@ DEFAULTS = {
     "results/conv_vae/conv_vae_latent10.pt": "python conv_vae.py",
     "results/ddpm/ddpm.pt": "python ddpm.py",
 }
-STEPS = 30, 10, 20, 50  # of the DDPM's sampler; the first one is its default
+STEPS = 20, 10, 30, 50  # of the DDPM's sampler; the first one is its default
 
 # ---- The models
 

@@ -1,8 +1,5 @@
 """The mathematics of the DDPM: the process, the samplers, the training."""
 
-import copy
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -119,12 +116,14 @@ def test_noise_from_v():
     torch.testing.assert_close(wrapped(process.forward_process(x0, t, noise), t), noise, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("steps, gained", [(20, 0.22), (50, 0.09)])
 @pytest.mark.parametrize("variance", [0.01, 0.1, 1.0])
-def test_default_sampler_keeps_a_gaussian(variance):
+def test_fast_sampler_keeps_a_gaussian(variance, steps, gained):
+    """In the default 20 steps the mean stays, and the variance grows by up to 22%: by less in more steps."""
     torch.manual_seed(0)
     process = ddpm.DDPM(Network(best_noise(0.2, variance)))
-    x = ddpm.sample_fast(process, 300)[-1]
-    assert abs(x.mean() - 0.2) < 0.01 and abs(x.var() / variance - 1) < 0.04, (x.mean(), x.var())
+    x = ddpm.sample_fast(process, 300, steps)[-1]
+    assert abs(x.mean() - 0.2) < 0.01 and -0.01 < x.var() / variance - 1 < gained, (x.mean(), x.var())
 
 
 def test_sample_keeps_a_gaussian():
@@ -170,30 +169,15 @@ def test_train_epoch_learns(mnist, predict, bf16):
     optimizer = torch.optim.Adam(process.model.parameters(), 2e-3)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     loader, _ = common.load_mnist(mnist, batch_size=10, limit=40)
-    ema = ddpm.build_ema(process.model)
 
     def held_out():
         torch.manual_seed(1)
         return ddpm.evaluate(process, loader)
 
-    before, untrained = held_out(), copy.deepcopy(process.model.state_dict())
-    losses = [ddpm.train_epoch(process, loader, optimizer, scheduler, ema, bf16) for _ in range(6)]
+    before = held_out()
+    losses = [ddpm.train_epoch(process, loader, optimizer, scheduler, bf16) for _ in range(6)]
     assert held_out() < 0.7 * before and losses[5] < losses[0]
-    assert scheduler.last_epoch == ema.steps == 24
-    assert all(not torch.equal(weights, untrained[name]) for name, weights in ema.state_dict().items())
-
-
-def test_ema_shares():
-    """After n steps, the weights of step k have the share 9 (k + 1) ... (k + 8) / ((n + 1) ... (n + 9))."""
-    n, model = 20, torch.nn.Linear(1, 1)
-    for k in 2, 13, 20:
-        torch.nn.init.zeros_(model.weight)
-        ema = ddpm.build_ema(model)
-        for step in range(1, n + 1):
-            torch.nn.init.constant_(model.weight, float(step == k))
-            ddpm.update_ema(ema, model)
-        share = 9 * math.prod(range(k + 1, k + 9)) / math.prod(range(n + 1, n + 10))
-        assert ema.weight.item() == pytest.approx(share, rel=1e-4)
+    assert scheduler.last_epoch == 24
 
 
 def test_time_steps_are_distinct(monkeypatch):

@@ -246,7 +246,7 @@ def test_ddpm_interrupted_and_resumed(no_figures, argv, tmp_path, monkeypatch):
             ddpm.main([*argv, *options])
     checkpoint = tmp_path / "out" / "checkpoint.pt"
     saved = torch.load(checkpoint)
-    assert all(torch.equal(saved["ema"][name], guide) for name, guide in saved["guide"].items())
+    assert all(torch.equal(saved["model"][name], guide) for name, guide in saved["guide"].items())
     ddpm.main([*argv, "--load", str(checkpoint), "--save-dir", str(tmp_path / "figures")])
     with pytest.raises(OSError, match="unfinished training: --resume continues it"):
         ddpm.main([*argv, *options])
@@ -261,16 +261,16 @@ def test_ddpm_interrupted_and_resumed(no_figures, argv, tmp_path, monkeypatch):
     ddpm.main([*argv, "--resume"])
     assert not checkpoint.exists()
     whole, resumed = (torch.load(tmp_path / name / "ddpm.pt") for name in ("whole", "out"))
-    for part in "ema", "guide":
+    for part in "model", "guide":
         assert all(torch.equal(weights, resumed[part][name]) for name, weights in whole[part].items())
     assert whole["losses"] == resumed["losses"]
     bias = "unet.final_conv.bias"
-    assert not torch.equal(whole["ema"][bias], whole["guide"][bias])
+    assert not torch.equal(whole["model"][bias], whole["guide"][bias])
 
 
 @pytest.mark.parametrize("epochs, guided_after", [(1, None), (2, 1), (30, 2)])
 def test_guiding_model(mnist, tmp_path, monkeypatch, epochs, guided_after):
-    """The EMA after a twelfth of the epochs, at least one. Each pair of seed and epoch has its own seed."""
+    """A copy after a twelfth of the epochs, at least one. Each pair of seed and epoch has its own seed."""
 
     def train_epoch(process, *_):
         process.model.unet.final_conv.bias.data.add_(1)
@@ -278,7 +278,6 @@ def test_guiding_model(mnist, tmp_path, monkeypatch, epochs, guided_after):
 
     seeds = []
     monkeypatch.setattr(ddpm, "train_epoch", train_epoch)
-    monkeypatch.setattr(ddpm, "build_ema", lambda model: model)
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     loader, _ = common.load_mnist(mnist)
     for seed in "0", "1":
@@ -314,7 +313,6 @@ def test_compare(argv, mnist, tmp_path, capsys):
 
 def test_ablation(argv, mnist, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "WALK", ablation.WALK[:1])
-    monkeypatch.setattr(ablation, "VARIANTS", [])
     options = "--epochs", "1", "--seeds", "0", "--num-samples", "4", "--device", "cpu"
     folders = "--data-dir", str(mnist), "--save-dir", str(tmp_path)
     for what in "ddpm", "dense", "conv":
