@@ -14,6 +14,7 @@ import csv
 import os
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from common import plt
 ANNEX = {
     "zero_grad": False,
     "one_cycle": False,
+    "clip": False,
     "he": False,
     "predict": "noise",
     "bf16": True,  # where the hardware has it
@@ -43,6 +45,7 @@ WALK = [
     ("the annex as printed", {}),
     ("+ zero_grad", {"zero_grad": True}),
     ("+ one-cycle to 3e-3", {"one_cycle": True}),
+    ("+ clipping", {"clip": True}),
     ("+ He's weights, zero last layer", {"he": True}),
     ("+ v", {"predict": "v"}),
     ("+ guidance", {}),
@@ -70,11 +73,13 @@ def train_ddpm(how, train_loader, epochs, seed, device):
         scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(train_loader))
     if not how["zero_grad"]:
         optimizer.zero_grad = lambda: None
+    clip = nn.utils.clip_grad_norm_ if how["clip"] else lambda *_: None
     bf16, seconds = how["bf16"] and ddpm.has_bf16(device), []
     for epoch in range(epochs):
         torch.manual_seed(10_000 * seed + epoch + 1)
         start = time.perf_counter()
-        ddpm.train_epoch(process, train_loader, optimizer, scheduler, bf16)
+        with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
+            ddpm.train_epoch(process, train_loader, optimizer, scheduler, bf16)
         seconds.append(time.perf_counter() - start)
         if epoch == 0:
             guide = copy.deepcopy(process.model.state_dict())

@@ -133,7 +133,7 @@ def test_sample_keeps_a_gaussian():
     assert abs(x.mean() - 0.2) < 0.01 and abs(x.var() / 0.05 - 1) < 0.04, (x.mean(), x.var())
 
 
-@pytest.mark.parametrize("steps", [10, 30])
+@pytest.mark.parametrize("steps", [15, 20])
 def test_guidance(steps):
     """Guided by a model of a smaller mean, few steps move the mean as far as 1000 steps do, to 0.216."""
     torch.manual_seed(0)
@@ -141,7 +141,7 @@ def test_guidance(steps):
     guide = Network(lambda x, t: times.append(t[0].item()) or guess(x, t))
     process = ddpm.DDPM(Network(best_noise(0.2, 0.1)))
     x = ddpm.sample_fast(process, 200, steps, guide, 1.5)[-1]
-    assert abs(x.mean() - 0.216) < 0.01, x.mean()  # 0.197 if the midpoint crosses the interval's borders
+    assert abs(x.mean() - 0.216) < 0.005, x.mean()  # 0.210 if the midpoint is that of guided estimates
     assert times and all(200 <= t < 600 for t in times)
 
     times.clear()
