@@ -19,6 +19,8 @@ sampling starts from pure noise; each step, from t = 999 down to 0, takes a litt
 away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
+"Worth" gives what a part changes: the Fréchet distance of samples to the test digits, smaller is better, with
+the part and without it; mean ± standard deviation over three seeds (benchmarks/README.md, benchmarks/LOG.md).
 Needs common.py beside it. All the options: --help.
 """
 
@@ -53,7 +55,7 @@ class SinusoidalPositionEmbeddings(nn.Module):
     def forward(self, time):
         device = time.device
         half_dim = self.dim // 2
-        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing, float64 under torch.compile
+        embeddings = math.log(10000) / (half_dim - 1)  # np.log in the listing: under torch.compile, float64
         embeddings = torch.exp(torch.arange(half_dim, device=device) * -embeddings)
         embeddings = time[:, None] * embeddings[None, :]
         embeddings = torch.cat((embeddings.sin(), embeddings.cos()), dim=-1)
@@ -148,9 +150,10 @@ class DDPM:
 
     Step t adds noise: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise, with alpha_t = 1 - beta_t; at t = 0,
     x_{t-1} is the clean image, with alpha_bar_{t-1} = 1. All the steps up to t together are forward_process,
-    where alpha_bar_t is the product alpha_0 ... alpha_t: if that is true of x_{t-1}, insert it in the step.
-    x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is sqrt(alpha_bar_t), and the variances of the two
-    independent noises add to alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t.
+    where alpha_bar_t is the product alpha_0 ... alpha_t. By induction: suppose it for x_{t-1}, and insert it
+    in the step. x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is sqrt(alpha_bar_t), and the
+    variances of the two independent noises add to alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t, which is
+    1 - alpha_bar_t.
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -186,9 +189,9 @@ class DDPM:
 
         If x_0 were known, x_{t-1} would have the law that sample_posterior draws from, with s = t - 1. Insert
         the network's x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t) into its mean (eq. 7), and
-        the mean below follows (eq. 11): the factor of x_t has beta_t + alpha_t - alpha_bar_t, which is
-        1 - alpha_bar_t. That law has a smaller variance than beta_t, by 55% at t = 1, 8% at t = 20 and 0.8%
-        at t = 200: both are possible choices (section 3.2).
+        the mean below follows (eq. 11): the factor of x_t is (beta_t + alpha_t - alpha_bar_t) /
+        (sqrt(alpha_t) (1 - alpha_bar_t)), which is 1 / sqrt(alpha_t). That law has a smaller variance than
+        beta_t, by 55% at t = 1, 8% at t = 20 and 0.8% at t = 200: both are possible choices (section 3.2).
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -222,7 +225,8 @@ class DDPM:
 
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
         loss.backward()
-        # Not in the listing; with small batches the last loss is half as high (8 seeds, benchmarks/LOG.md).
+        # Clipping, not in the listing: a gradient longer than 1 is shortened to 1. In batches of 5, a short
+        # training then ends with half the loss (eight seeds, benchmarks/LOG.md).
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
@@ -252,12 +256,12 @@ class NoiseFromV(nn.Module):
     appendix D). Then sqrt(a) v + sqrt(1 - a) x_t is the noise: insert x_t = sqrt(a) x_0 + sqrt(1 - a) noise,
     the x_0 terms cancel, and (a + 1 - a) noise remains.
 
-    The loss is still the report's, on the noise. There an error e of v is sqrt(a) e, and its square counts a
-    times: 0.08 at t = 500, 4e-5 at t = 999. So the loss hardly sees v at a large t, where sqrt(1 - a) x_t,
-    almost all of the noise, needs no learning. What is gained is the estimate of x_0. From a predicted noise,
-    x_0 = (x_t - sqrt(1 - a) noise) / sqrt(a) has its error times sqrt((1 - a) / a), 157 at t = 999. From v,
-    x_0 = sqrt(a) x_t - sqrt(1 - a) v has the error sqrt(1 - a) e, never magnified. Worth, after three epochs
-    and over three seeds: a Fréchet distance of 48 ± 3 in place of 105 ± 85 (benchmarks/README.md).
+    The loss is still the report's, on the noise. There an error e of v is sqrt(a) e, and its square has the
+    factor a: 0.08 at t = 500, 4e-5 at t = 999. So the loss hardly sees v at a large t, where sqrt(1 - a) x_t,
+    almost all of the noise, needs no learning. What is gained is the estimate of x_0. The division by sqrt(a)
+    in x0_from_noise magnifies the error of a predicted noise, sqrt((1 - a) / a) times in all, 157 at t = 999.
+    Here that error is only sqrt(a) e, so x_0 has the error sqrt(1 - a) e, never magnified. Worth, after three
+    epochs: 46 ± 4, not 99 ± 83.
 
     alpha_bars: those of the DDPM, (timesteps,).
     """
@@ -273,7 +277,7 @@ class NoiseFromV(nn.Module):
 
 
 def to_pixels(images):
-    """Images of the DDPM, in [-1, 1] except for small errors, as pixels in [0, 1]."""
+    """Images of the DDPM as pixels in [0, 1]; what is outside [-1, 1], as in noise, is cut off."""
     return (images.clamp(-1, 1) + 1) / 2
 
 
@@ -286,7 +290,8 @@ def sample_posterior(x, x0, bar_t, bar_s):
     """Draw x_s ~ q(x_s | x_t, x_0) for a time s < t; x: x_t; bar_t, bar_s: alpha_bar at t and at s.
 
     Given x_0, x_s has the mean sqrt(bar_s) x_0 and the variance 1 - bar_s; given x_s, x_t has the mean
-    sqrt(alpha) x_s and the variance 1 - alpha. By Bayes' rule the precisions of x_s, 1 / variance, add up:
+    sqrt(alpha) x_s and the variance 1 - alpha, where alpha = bar_t / bar_s: so x_t / sqrt(alpha) is x_s with
+    noise of variance (1 - alpha) / alpha. By Bayes' rule the precisions of x_s, 1 / variance, add up:
     1 / (1 - bar_s) + alpha / (1 - alpha) = (1 - bar_t) / ((1 - bar_s) (1 - alpha)). The mean is the average
     of sqrt(bar_s) x_0 and x_t / sqrt(alpha), weighted by these two precisions (Ho et al., eq. 6 and 7, which
     hold for any s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
@@ -305,14 +310,14 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
 
     1. Estimate x_0: the network predicts the noise, and the noise implies x_0.
     2. (midpoint) On the way to s, the estimate would change. Take its value half way, on the straight line
-       through the last two estimates, whose abscissa is log(SNR) = log(alpha_bar / (1 - alpha_bar)), the
-       signal-to-noise ratio (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095). Worth,
-       over three networks: a Fréchet distance of 11 in place of 18 (benchmarks/LOG.md).
+       through this estimate and the previous one, whose abscissa is log(alpha_bar / (1 - alpha_bar)), the
+       logarithm of the signal-to-noise ratio, SNR (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++",
+       arXiv:2211.01095).
     3. (guidance) Push it away from the estimate of a guiding model, the same network after less training,
        by guidance - 1 times their difference. Without 2, this is guide + guidance * (model - guide): 1 means
        no guidance (autoguidance: Karras et al., 2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6,
-       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724). Worth, over
-       three seeds: 11.6 ± 1.3 in place of 20.9 ± 2.0; at all t, three networks had 17 in place of 11.
+       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724). Worth:
+       11.6 ± 1.3, not 20.9 ± 2.0.
     4. Draw x_s from the posterior.
 
     Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
@@ -323,8 +328,8 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
         guide.eval()
     steps = min(steps, process.timesteps)
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
-    # From timesteps - 1 to 0, closer near 0, where x_0 gets its details; the first term keeps them apart.
-    # With u**3, 30 steps are needed for the same distance.
+    # From timesteps - 1 to 0, closer near 0, where x_0 gets its details. The first term alone falls by 1 from
+    # one u to the next, so no two times are equal. With u**3, 30 steps have the same distance as these 20.
     times = ((steps - 1) * u + (process.timesteps - steps) * u**2).round().long().tolist()
     alpha_bars = [*process.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
     log_snr = [math.log(bar / (1 - bar)) for bar in alpha_bars[:-1]]
@@ -333,9 +338,9 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     for i, t in enumerate(tqdm(times, desc="Génération", leave=False)):
         t_batch = torch.full((num_samples,), t, device=process.device)
         bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]
-        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)  # float(): under autocast, bfloat16
+        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)  # a predicted noise may be bfloat16
         target = x0
-        if 0 < i < steps - 1:  # the first step has no last estimate, the last one ends at log(SNR) = infinity
+        if 0 < i < steps - 1:  # the first step has no previous estimate, the final one ends at infinite SNR
             ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
             target = x0 + ratio / 2 * (x0 - x0_last)
         if guide is not None and guidance != 1 and 0.2 <= t / process.timesteps < 0.6:
@@ -356,8 +361,9 @@ def build_unet(device="cpu"):
     It has no normalisation layers against that. An output is a sum over fan_in inputs, with independent
     weights of mean 0: its mean square is fan_in times that of one product, and weights of variance 1 / fan_in
     keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take 2 / fan_in. With SiLU, a layer then
-    keeps 0.5 to 0.8 of an input's mean square below 1; with PyTorch's default, 1 / (3 fan_in), about a tenth.
-    Worth, as for NoiseFromV, but without it: 99 ± 83 in place of 251 ± 42.
+    keeps 0.5 to 0.8 of the mean square of an input, if that is below 1; with PyTorch's 1 / (3 fan_in), about
+    a tenth, and one training of two failed: 729, not 20. The transposed convolutions keep PyTorch's weights,
+    as others gained nothing.
     """
     model = SimpleMNistUNet()
     for module in model.modules():
@@ -442,7 +448,7 @@ def fit(args, train_loader, path):
     process = build_ddpm(args.timesteps, args.predict, args.device)
     model, guide = process.model, None
     optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], fused=True)
-    # With clipping, one-cycle is worth 251 ± 42 in place of 631 ± 37, as for build_unet but without it.
+    # One-cycle, with clipping, after three epochs of the annex: worth 251 ± 42, not 631 ± 37 (constant 1e-3).
     total_steps = epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options["lr"], total_steps=total_steps)
     losses, seconds = [], 0.0
@@ -467,7 +473,7 @@ def fit(args, train_loader, path):
         raise OSError(f"{checkpoint} is an unfinished training: {mend}")
 
     for epoch in range(len(losses), epochs):
-        # Two seeds below a million share no numbers, and a resumed run draws those of an uninterrupted one.
+        # Two seeds below a million never draw the same; a resumed run draws what an uninterrupted one draws.
         torch.manual_seed((options["seed"] + 10**6 * (epoch + 1)) % 2**64)
         start = time.perf_counter()
         avg_loss = train_epoch(process, train_loader, optimizer, scheduler, args.precision == "bf16")
@@ -516,7 +522,8 @@ def restore(saved, path, **parts):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise OSError(f"the network is not that of {path}: {textwrap.shorten(str(error), 200)}") from error
+        why = textwrap.shorten(str(error), 200)
+        raise OSError(f"the network is not that of {path}, or an older version saved it ({why})") from error
 
 
 def load(path, device="cpu"):

@@ -110,8 +110,8 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            # BCE raises an error at a NaN, on a GPU for the rest of the process. nan_to_num avoids it; the
-            # gradients still make the encoder NaN, and so the next KL term.
+            # BCE raises an error at a NaN; on a GPU, later operations then fail, too. nan_to_num avoids it;
+            # the gradients still make the encoder NaN, and so the next KL term.
             loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
@@ -165,8 +165,8 @@ def fit(args, train_loader, path, reuse=False):
     model = build_vae(args.latent_dim, args.hidden_dims, args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"VAE on {args.device}: {parameters:,} parameters")
-    # One-cycle: worth 3.6 nats over five seeds; beta2 of 0.99, not 0.999: 0.4 (benchmarks/README.md). The
-    # one-cycle policy replaces the 0.9, by 0.95 to 0.85 and back.
+    # One-cycle: worth 3.6 nats over five seeds; beta2 of 0.99, not 0.999: 0.4 (benchmarks/README.md).
+    # The one-cycle policy moves the other one, 0.9: from 0.95 to 0.85 and back.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     total_steps = options["epochs"] * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)

@@ -97,7 +97,7 @@ def generate(sample, n):
 
 
 def train_classifier(train_loader, device, num_epochs=4):
-    """A small convolutional classifier of digits; its last layer but one gives the features, 64 numbers."""
+    """A small convolutional classifier of digits; its second-to-last layer gives the features, 64 numbers."""
     layers = []
     for i, o in (1, 32), (32, 64):
         layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
