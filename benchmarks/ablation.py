@@ -5,7 +5,7 @@ python benchmarks/ablation.py dense --seeds 0 1 2 3 4
 python benchmarks/ablation.py conv
 
 Each finished row is added to results/ablation/<what>.csv at once, and is not measured again when the command
-is started again: delete the folder after a change of the code.
+is started again: delete the folder after a change of the code or of --num-samples.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def ablate_ddpm(args, loaders, table):
             how = how | change
             if table.has(name, seed):
                 continue
-            file_name = "-".join(map(str, [*how.values(), args.epochs, seed])) + ".pt"
+            file_name = "-".join(map(str, [*how.values(), args.epochs, args.limit, seed])) + ".pt"
             path = os.path.join(args.save_dir, file_name)  # rows with one training share it
             if not os.path.exists(path):
                 torch.save(train_ddpm(how, loaders[0], args.epochs, seed, args.device), path)
@@ -242,10 +242,14 @@ def main(argv=None):
     add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST (default: data)")
     add("--save-dir", type=os.path.expanduser, default="results/ablation", help="default: results/ablation")
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (3 if args.what == "ddpm" else 10)
+    if args.epochs is None:
+        args.epochs = 3 if args.what == "ddpm" else 10
+    if min(args.epochs, args.num_samples) < 1:
+        parser.error("--epochs and --num-samples take whole numbers >= 1")
     os.makedirs(args.save_dir, exist_ok=True)
     loaders = common.load_mnist(args.data_dir, device=args.device, limit=args.limit)
-    table = Table(os.path.join(args.save_dir, f"{args.what}.csv"), args.epochs)
+    name = args.what if args.limit is None else f"{args.what}-limit{args.limit}"
+    table = Table(os.path.join(args.save_dir, f"{name}.csv"), args.epochs)
     if args.what == "ddpm":
         ablate_ddpm(args, loaders, table)
         walked = (row for row in table.rows if "float32" not in row["row"])

@@ -122,6 +122,8 @@ def main():
     )
     parser.add_argument("--data-dir", type=os.path.expanduser, default="data", help="folder (default: data)")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds takes a whole number >= 1")
     if not set(args.what) <= set(everything):
         parser.error(f"argument what: takes {', '.join(everything)}")
     common.load_mnist(args.data_dir)  # there before the first measurement
