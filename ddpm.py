@@ -312,12 +312,12 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     2. (midpoint) On the way to s, the estimate would change. Take its value half way, on the straight line
        through this estimate and the previous one, whose abscissa is log(alpha_bar / (1 - alpha_bar)), the
        logarithm of the signal-to-noise ratio, SNR (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++",
-       arXiv:2211.01095).
+       arXiv:2211.01095). Worth: 12.7 ± 1.6, not 18.7 ± 0.9 (5,000 samples).
     3. (guidance) Push it away from the estimate of a guiding model, the same network after less training,
        by guidance - 1 times their difference. Without 2, this is guide + guidance * (model - guide): 1 means
        no guidance (autoguidance: Karras et al., 2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6,
        where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724). Worth:
-       11.6 ± 1.2, not 20.8 ± 2.0.
+       11.6 ± 1.2, not 20.8 ± 2.0; on 5,000 samples 12.7 ± 1.6, and 24.8 ± 2.6 at all t.
     4. Draw x_s from the posterior.
 
     Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
