@@ -20,7 +20,8 @@ away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
 "Worth" gives what a part changes: the Fréchet distance of samples to the test digits, smaller is better, with
-the part and without it; mean ± standard deviation over three seeds (benchmarks/README.md, benchmarks/LOG.md).
+the part and without it; mean ± standard deviation over three seeds, after 12 epochs (benchmarks/README.md).
+What is said to be after three epochs was measured in an earlier version, of commit ae90fed.
 Needs common.py beside it. All the options: --help.
 """
 
@@ -534,9 +535,10 @@ def load(path, device="cpu"):
     """
     saved = read(path)
     process = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
-    guide = None if saved["guide"] is None else copy.deepcopy(process.model)
     restore(saved, path, model=process.model)
-    if guide is not None:
+    guide = None
+    if saved["guide"] is not None:
+        guide = copy.deepcopy(process.model)
         restore(saved, path, guide=guide)
     process.options, process.losses, process.seconds = saved["options"], saved["losses"], saved["seconds"]
     return process, guide

@@ -81,7 +81,7 @@ def train_ddpm(how, train_loader, epochs, seed, device):
         with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
             ddpm.train_epoch(process, train_loader, optimizer, scheduler, bf16)
         seconds.append(time.perf_counter() - start)
-        if epoch == 0:  # as ddpm.fit does, up to 17 epochs
+        if epoch == 0:  # as ddpm.fit does, from 2 to 17 epochs
             guide = copy.deepcopy(process.model.state_dict())
     saved = {"model": process.model.state_dict(), "guide": guide}
     return saved | {"seconds": min(seconds)}  # the fastest epoch, as machines are shared
@@ -101,7 +101,7 @@ def measure_ddpm(how, saved, guided, test_loader, classifier, real, num_samples,
         except FloatingPointError:
             loss = np.nan
         batches = tqdm(torch.arange(num_samples).split(100), desc="Samples", leave=False)
-        xs = [ddpm.sample_fast(process, len(batch), guide=guide)[-1].float() for batch in batches]
+        xs = [ddpm.sample_fast(process, len(batch), guide=guide)[-1] for batch in batches]
     pixels, distance, doubtful = ddpm.to_pixels(torch.cat(xs)), np.nan, np.nan
     if pixels.isfinite().all():
         features, probabilities = classify(classifier, pixels)
@@ -177,9 +177,12 @@ class Table:
             with open(path, newline="") as f:
                 self.rows = list(csv.DictReader(f))
 
+    def of_epochs(self):
+        """The rows with these epochs."""
+        return [row for row in self.rows if row["epochs"] == str(self.epochs)]
+
     def has(self, name, seed):
-        keys = name, str(seed), str(self.epochs)
-        return any((row["row"], row["seed"], row["epochs"]) == keys for row in self.rows)
+        return any((row["row"], row["seed"]) == (name, str(seed)) for row in self.of_epochs())
 
     def add(self, name, seed, columns):
         row = {"row": name, "seed": str(seed), "epochs": str(self.epochs)}
@@ -194,8 +197,7 @@ class Table:
 
     def summary(self):
         """{name: {column: (mean, standard deviation over the seeds)}} of the rows with these epochs."""
-        result = {}
-        rows = [row for row in self.rows if row["epochs"] == str(self.epochs)]
+        result, rows = {}, self.of_epochs()
         for name in dict.fromkeys(row["row"] for row in rows):
             of_name = [row for row in rows if row["row"] == name]
             result[name] = {}
@@ -212,11 +214,10 @@ def plot_walk(rows, save_dir):
     for seed in dict.fromkeys(row["seed"] for row in rows):
         points = [(names.index(row["row"]), float(row["frechet"])) for row in rows if row["seed"] == seed]
         ax.plot(*zip(*sorted(points)), "o-", label=f"seed {seed}", alpha=0.7)
+    half_way_up = {"y": 0.5, "va": "center", "transform": ax.get_xaxis_transform()}
     for x, name in enumerate(names):
         if all(row["frechet"] == "nan" for row in rows if row["row"] == name):
-            ax.text(
-                x, 0.5, "samples not finite", rotation=90, va="center", transform=ax.get_xaxis_transform()
-            )
+            ax.text(x, s="samples not finite", rotation=90, **half_way_up)
     ax.set_yscale("log")
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_xticks(range(len(names)), names, rotation=25, ha="right")
@@ -252,8 +253,7 @@ def main(argv=None):
     table = Table(os.path.join(args.save_dir, f"{name}.csv"), args.epochs)
     if args.what == "ddpm":
         ablate_ddpm(args, loaders, table)
-        walked = (row for row in table.rows if "float32" not in row["row"])
-        plot_walk([row for row in walked if row["epochs"] == str(args.epochs)], args.save_dir)
+        plot_walk([row for row in table.of_epochs() if "float32" not in row["row"]], args.save_dir)
     else:
         ablate_vae(args, loaders, table, dense_vae if args.what == "dense" else conv_vae)
     for name, columns in table.summary().items():

@@ -89,7 +89,7 @@ def generate(sample, n):
     """`n` images of a sampler, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took."""
     start = time.perf_counter()
     batches = tqdm(torch.arange(n).split(100), desc="Samples", leave=False)
-    images = torch.cat([sample(len(batch)).float().cpu() for batch in batches])
+    images = torch.cat([sample(len(batch)).cpu() for batch in batches])
     return images, 1000 * (time.perf_counter() - start) / n
 
 
