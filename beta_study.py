@@ -125,7 +125,7 @@ def parse_args(argv=None):
     add("--latent-dim", type=int, default=10, help="dimension of z")
     add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the 2 or 3 layers")
     add("--device", default=device, help="a torch device")
-    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
+    add("--fp32", dest="bf16", action="store_false", default=argparse.SUPPRESS, help="float32, not bfloat16")
     folder = os.path.expanduser  # "~" is the home folder
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/beta_study", help="folder of the models and the figures")
@@ -143,7 +143,7 @@ def parse_args(argv=None):
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
         parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
-    args.precision = "bf16" if conv_vae.has_bf16(args.device) and not args.fp32 else "fp32"
+    args.bf16 = getattr(args, "bf16", True) and conv_vae.has_bf16(args.device)
     return args
 
 
@@ -155,10 +155,10 @@ def main(argv=None):
     x = next(iter(test_loader))[0][:10]
     rows, sheet = [], []
     for beta in args.betas:
-        args.beta = beta
+        options = {name: value for name, value in vars(args).items() if name != "betas"} | {"beta": beta}
         print(f"beta={beta:g}")
         path = os.path.join(args.save_dir, f"conv_vae_beta{beta:g}.pt")
-        model = conv_vae.fit(args, train_loader, path, reuse=True)
+        model = conv_vae.train(argparse.Namespace(**options), train_loader, path, reuse=True)
 
         torch.manual_seed(args.seed)  # so that conv_vae.py --load prints the same held-out loss
         row, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)
@@ -171,7 +171,7 @@ def main(argv=None):
         with torch.no_grad():
             pairs = torch.cat([x, model(x)[0]])  # above their reconstructions
             sheet.append([pairs, images[:20], model.decode(remote[:20].to(args.device))])
-        fig = common.plot_images(pairs, 2, len(x), (10, 2.4), f"Images reconstruites pour β = {beta:g}")
+        fig = common.images_figure(pairs, 2, len(x), (10, 2.4), f"Images reconstruites pour β = {beta:g}")
         common.save_figure(fig, args.save_dir, f"reconstructions_beta{beta:g}.png")
 
     formats = {"beta": "g", "active_units": "d", "gaussian_kl": ".3f", "remote_share": ".4f"}
@@ -186,11 +186,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"beta_study.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"beta_study.py: {error} Try a smaller --batch-size.")
-    except KeyboardInterrupt:
-        sys.exit(
-            "beta_study.py: interrupted; the models named above are kept: start it again to train the others"
-        )
+    except (OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(f"beta_study.py: {str(error) or 'interrupted'}")

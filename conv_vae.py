@@ -29,28 +29,22 @@ from common import vae_loss
 class ConvEncoder(nn.Module):
     """(B, 1, 28, 28) -> mu and logvar, (B, latent_dim) each (report, §3.1).
 
-    channels: those of the two or three layers. The shapes below are those of the default.
+    channels: those of the three layers. The shapes below are those of one image, by default.
     """
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
-        layers = [
-            nn.Conv2d(1, channels[0], kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),  # (B, 32, 14, 14)
-            nn.Conv2d(channels[0], channels[1], kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),  # (B, 64, 7, 7)
-        ]
-        flat_dim = channels[1] * 7 * 7
-        if len(channels) == 3:
-            layers += [
-                nn.Conv2d(channels[1], channels[2], kernel_size=3, stride=1, padding=0),
-                nn.ReLU(),  # (B, 128, 5, 5)
-            ]
-            flat_dim = channels[2] * 5 * 5
-        self.conv_layers = nn.Sequential(*layers)
+        self.conv_layers = nn.Sequential(
+            nn.Conv2d(1, channels[0], kernel_size=4, stride=2, padding=1),  # (32, 14, 14)
+            nn.ReLU(),
+            nn.Conv2d(channels[0], channels[1], kernel_size=4, stride=2, padding=1),  # (64, 7, 7)
+            nn.ReLU(),
+            nn.Conv2d(channels[1], channels[2], kernel_size=3, stride=1, padding=0),  # (128, 5, 5)
+            nn.ReLU(),
+        )
         self.flatten = nn.Flatten()
-        self.fc_mu = nn.Linear(flat_dim, latent_dim)  # 128 * 5 * 5 in the listing
-        self.fc_logvar = nn.Linear(flat_dim, latent_dim)
+        self.fc_mu = nn.Linear(channels[2] * 5 * 5, latent_dim)
+        self.fc_logvar = nn.Linear(channels[2] * 5 * 5, latent_dim)
 
     def forward(self, x):
         x = self.conv_layers(x)
@@ -58,6 +52,13 @@ class ConvEncoder(nn.Module):
         mu = self.fc_mu(x)
         logvar = self.fc_logvar(x)
         return mu, logvar
+
+
+class Sigmoid(nn.Sigmoid):
+    """The sigmoid in float32, even where the layers compute in bfloat16, which is too coarse near 1."""
+
+    def forward(self, x):
+        return super().forward(x.float())
 
 
 class ConvDecoder(nn.Module):
@@ -68,27 +69,22 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, latent_dim=20, channels=(32, 64, 128)):
         super().__init__()
-        self.shape = (channels[2], 5, 5) if len(channels) == 3 else (channels[1], 7, 7)
-        self.fc = nn.Linear(latent_dim, math.prod(self.shape))  # 128 * 5 * 5 in the listing
-        layers = []
-        if len(channels) == 3:
-            layers += [
-                nn.ConvTranspose2d(channels[2], channels[1], kernel_size=3, stride=1, padding=0),
-                nn.ReLU(),  # (B, 64, 7, 7)
-            ]
-        layers += [
-            nn.ConvTranspose2d(channels[1], channels[0], kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),  # (B, 32, 14, 14)
-            nn.ConvTranspose2d(channels[0], 1, kernel_size=4, stride=2, padding=1),
-            nn.Sigmoid(),  # (B, 1, 28, 28)
-        ]
-        self.deconv_layers = nn.Sequential(*layers)
+        self.channels = channels
+        self.fc = nn.Linear(latent_dim, channels[2] * 5 * 5)
+        self.deconv_layers = nn.Sequential(
+            nn.ConvTranspose2d(channels[2], channels[1], kernel_size=3, stride=1, padding=0),  # (64, 7, 7)
+            nn.ReLU(),
+            nn.ConvTranspose2d(channels[1], channels[0], kernel_size=4, stride=2, padding=1),  # (32, 14, 14)
+            nn.ReLU(),
+            nn.ConvTranspose2d(channels[0], 1, kernel_size=4, stride=2, padding=1),  # (1, 28, 28)
+            Sigmoid(),
+        )
 
     def forward(self, z):
         x = F.relu(self.fc(z))
-        x = x.view(-1, *self.shape)
-        x = self.deconv_layers[:-1](x)
-        return self.deconv_layers[-1](x.float())  # the sigmoid in float32: bfloat16 is too coarse near 1
+        x = x.view(-1, self.channels[2], 5, 5)
+        x = self.deconv_layers(x)
+        return x
 
 
 class VAE(nn.Module):
@@ -151,40 +147,86 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     return losses
 
 
-# ---- The report's model, its training and its study of configurations (§3.3)
+def fit(model, dataloader, num_epochs, lr, beta=1.0, bf16=False):
+    """Train with Adam and a one-cycle learning rate; returns the average loss of each epoch.
+
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, then falls to almost 0.
+    Held-out loss with it 98.75 nats, with Adam at 1e-3 102.25; with beta2 = 0.99, not 0.999, 98.57 (three
+    seeds, benchmarks/README.md). bf16: see train_vae. Raises FloatingPointError if the training diverges.
+    """
+    # The one-cycle policy moves beta1, 0.9, from 0.95 to 0.85 and back. fused: all weights in one operation.
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    total_steps = num_epochs * len(dataloader)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps)
+    losses = train_vae(model, dataloader, optimizer, num_epochs, beta, scheduler, bf16)
+    if not all(p.isfinite().all() for p in model.parameters()):  # no loss has seen the last step
+        raise FloatingPointError("the last step diverged: try a smaller --lr")
+    return losses
+
+
+# ---- The script: the report's model, its study of configurations (§3.3), files, command line
 
 ARCHITECTURES = [32, 64], [16, 32, 64], [32, 64, 128]  # channels of the encoder
 LATENT_DIMS = 2, 5, 10, 20, 50, 100
-OPTIONS = "latent_dim", "channels", "epochs", "batch_size", "lr", "beta", "seed", "limit", "precision"
+RUN = "device", "data_dir", "save_dir", "load", "sweep"  # the options that change nothing in a model
+
+
+class TwoLayerEncoder(ConvEncoder):
+    """ConvEncoder without its third convolution (report, §3.3). channels: those of the two layers."""
+
+    def __init__(self, latent_dim=20, channels=(32, 64)):
+        super().__init__(latent_dim, (*channels, channels[1]))
+        self.conv_layers = self.conv_layers[:4]  # (64, 7, 7)
+        self.fc_mu = nn.Linear(channels[1] * 7 * 7, latent_dim)
+        self.fc_logvar = nn.Linear(channels[1] * 7 * 7, latent_dim)
+
+
+class TwoLayerDecoder(ConvDecoder):
+    """ConvDecoder without its first transposed convolution (report, §3.3)."""
+
+    def __init__(self, latent_dim=20, channels=(32, 64)):
+        super().__init__(latent_dim, (*channels, channels[1]))
+        self.fc = nn.Linear(latent_dim, channels[1] * 7 * 7)
+        self.deconv_layers = self.deconv_layers[2:]
+
+    def forward(self, z):
+        x = F.relu(self.fc(z))
+        x = x.view(-1, self.channels[1], 7, 7)
+        x = self.deconv_layers(x)
+        return x
 
 
 def build_vae(latent_dim=10, channels=(32, 64, 128), device="cpu"):
-    """The convolutional VAE whose encoder has these channels; the decoder mirrors it."""
-    encoder = ConvEncoder(latent_dim=latent_dim, channels=channels)
-    decoder = ConvDecoder(latent_dim=latent_dim, channels=channels)
-    vae = VAE(encoder, decoder)
-    if torch.device(device).type in ("cpu", "cuda"):  # on mps, some versions of torch get its gradients wrong
-        vae = vae.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    """The convolutional VAE whose encoder has these channels, two or three; the decoder mirrors it."""
+    if len(channels) == 3:
+        vae = VAE(ConvEncoder(latent_dim, channels), ConvDecoder(latent_dim, channels))
+    elif len(channels) == 2:
+        vae = VAE(TwoLayerEncoder(latent_dim, channels), TwoLayerDecoder(latent_dim, channels))
+    else:
+        raise ValueError(f"channels takes two or three channels, not {channels}")
+    # channels_last, a memory layout: in bfloat16 a step is 12% faster. In it, a convolution's output can't be
+    # flattened by .view, but by .flatten. On mps, some versions of torch get its gradients wrong.
+    if torch.device(device).type in ("cpu", "cuda"):
+        vae = vae.to(memory_format=torch.channels_last)
     return vae.to(device)
 
 
-def fit(args, train_loader, path, reuse=False):
-    """Train a VAE with the options `args`, such as parse_args([]), save it at `path` and return it.
+def train(args, train_loader, path, reuse=False):
+    """Build a VAE, fit it with the options `args`, save it at `path` and return it as `load` does.
 
-    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017,
-    arXiv:1708.07120): the learning rate rises to args.lr, then falls to almost 0. With `reuse`, a model that
-    is already there is returned instead; raises OSError if it has other options or images. Also raises
-    OSError if the file can't be written, and FloatingPointError if the training diverges.
+    train_loader: of load_mnist. With `reuse`, a model that is already there is returned instead. Raises
+    OSError if that has other options or images, or if the file can't be written.
     """
-    # tolist() makes numpy's numbers plain: torch.load refuses them. pixel_sum distinguishes sets of images.
-    options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
-    options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
+    # tolist() makes numpy's numbers plain: torch.load refuses them.
+    options = {name: np.asarray(value).tolist() for name, value in vars(args).items() if name not in RUN}
+    options["images_crc32"] = common.checksum(train_loader.dataset.tensors[0])
     if reuse and os.path.exists(path):
         model = load(path, args.device)
-        for name, value in options.items():
-            if (before := model.options.get(name)) != value:
-                mend = "delete it, or give another --save-dir (pixel_sum: of the images in --data-dir)"
-                raise OSError(f"{path} was trained with {name} {before}, not {value}: {mend}")
+        for name in options | model.options:
+            before, now = model.options.get(name), options.get(name)
+            if before != now:
+                mend = "delete it, or give another --save-dir"
+                raise OSError(f"{path} was trained with {name} {before}, not {now}: {mend}")
         print(f"{path} is not trained again: delete it after a change of the code")
         return model
 
@@ -192,33 +234,26 @@ def fit(args, train_loader, path, reuse=False):
     torch.manual_seed(args.seed)
     model = build_vae(args.latent_dim, args.channels, args.device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"VAE on {args.device} ({args.precision}): {parameters:,} parameters")
-    # One-cycle: worth 3.5 nats over three seeds; beta2 of 0.99, not 0.999: 0.2 (benchmarks/README.md).
-    # The one-cycle policy moves the other one, 0.9: from 0.95 to 0.85 and back.
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    total_steps = options["epochs"] * len(train_loader)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=args.lr, total_steps=total_steps)
+    precision = "bf16" if args.bf16 else "fp32"
+    print(f"VAE on {args.device} ({precision}): {parameters:,} parameters")
     start = time.perf_counter()
-    bf16 = args.precision == "bf16"
-    losses = train_vae(model, train_loader, optimizer, args.epochs, args.beta, scheduler, bf16)
-    if not all(p.isfinite().all() for p in model.parameters()):  # an earlier model stays
-        raise FloatingPointError("the last step diverged: try a smaller --lr")
+    model.losses = fit(model, train_loader, options["epochs"], options["lr"], options["beta"], args.bf16)
+    model.seconds, model.options = time.perf_counter() - start, options
 
-    saved = {"script": "conv_vae", "options": options, "losses": losses}
-    saved |= {"seconds": time.perf_counter() - start, "state_dict": model.state_dict()}
+    saved = {"script": "conv_vae", "options": options, "losses": model.losses, "seconds": model.seconds}
     buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
-    torch.save(saved, buffer)
+    torch.save(saved | {"state_dict": model.state_dict()}, buffer)
     with open(f"{path}.new", "wb") as f:
         f.write(buffer.getbuffer())
     os.replace(f"{path}.new", path)  # if this is refused, its error names the complete file
     print(f"Model saved: {path}")
-    return load(path, args.device)
+    return model
 
 
 def load(path, device="cpu"):
     """The VAE saved at `path`, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another one.
+    Raises OSError if the file is missing, damaged or another one, or if the network was edited since.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -227,10 +262,9 @@ def load(path, device="cpu"):
         model = build_vae(saved["options"]["latent_dim"], saved["options"]["channels"], device)
         model.load_state_dict(saved["state_dict"])
         model.options, model.losses, model.seconds = saved["options"], saved["losses"], saved["seconds"]
-    except (OSError, RuntimeError) as error:  # missing, locked, cut short, or the network was edited since
-        raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
-    except Exception as error:  # any other file
-        raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error
+    except Exception as error:  # torch has many types for it
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise OSError(f"can't load {path}: {why}") from error
     return model
 
 
@@ -242,7 +276,7 @@ def sweep(args, train_loader, test_loader):
         name = "-".join(map(str, architecture))
         print(f"Architecture {name}, latent_dim={latent_dim}")
         path = os.path.join(args.save_dir, f"conv_vae_{name}_latent{latent_dim}.pt")
-        model = fit(args, train_loader, path, reuse=True)
+        model = train(args, train_loader, path, reuse=True)
 
         torch.manual_seed(args.seed)  # so that --load prints the same held-out loss
         bce, kl = common.evaluate(model, test_loader)
@@ -253,14 +287,16 @@ def sweep(args, train_loader, test_loader):
         row |= {"parameters": sum(p.numel() for p in model.parameters()), "epochs": args.epochs}
         results = {"bce": bce, "kl": kl, "loss": bce + kl, "seconds": model.seconds}
         rows.append(row | {key: round(value, 2) for key, value in results.items()})
+    common.save_table(rows, args.save_dir, "sweep.csv")
     common.plot_sweep(rows, samples, args.save_dir)
 
 
 def has_bf16(device):
-    """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
-    if device.startswith("cuda"):
+    """Whether bfloat16 is known to be fast on the device: recent GPUs, AMX, AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
         return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -280,7 +316,7 @@ def parse_args(argv=None):
     add("--channels", type=int, nargs="+", default=[32, 64, 128], help="channels of the 2 or 3 layers")
     add("--beta", type=float, default=1.0, help="weight of the KL term")
     add("--device", default=device, help="a torch device")
-    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
+    add("--fp32", dest="bf16", action="store_false", default=argparse.SUPPRESS, help="float32, not bfloat16")
     folder = os.path.expanduser  # "~" is the home folder
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/conv_vae", help="folder of the model and the figures")
@@ -301,7 +337,7 @@ def parse_args(argv=None):
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
         parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
-    args.precision = "bf16" if has_bf16(args.device) and not args.fp32 else "fp32"
+    args.bf16 = getattr(args, "bf16", True) and has_bf16(args.device)
     return args
 
 
@@ -314,7 +350,11 @@ def main(argv=None):
         sweep(args, train_loader, test_loader)
         return
     path = os.path.join(args.save_dir, f"conv_vae_latent{args.latent_dim}.pt")
-    model = fit(args, train_loader, path) if args.load is None else load(args.load, args.device)
+    if args.load is None:
+        model = train(args, train_loader, path)
+    else:
+        model = load(args.load, args.device)
+        print(f"{args.load} was trained with {model.options}")
     latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes
@@ -331,10 +371,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"conv_vae.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"conv_vae.py: {error} Try a smaller --batch-size.")
-    except KeyboardInterrupt:
-        saved = "after 'Model saved' above, --load PATH draws its figures, and --sweep goes on with the next"
-        sys.exit(f"conv_vae.py: interrupted; {saved}")
+    except (OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(f"conv_vae.py: {str(error) or 'interrupted'}")

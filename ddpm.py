@@ -1,8 +1,8 @@
 """The DDPM of the report's section 5 and annex, on MNIST (Ho, Jain & Abbeel, 2020, arXiv:2006.11239).
 
-    python ddpm.py                                              train, draw the report's figure 4
-    python ddpm.py --resume                                     go on after an interruption
-    python ddpm.py --load results/ddpm/ddpm.pt --sampler ddpm   samples.png in the report's 1000 steps
+    python ddpm.py             train, draw the report's figure 4
+    python ddpm.py --resume    go on after an interruption
+    python ddpm.py --annex     the report's own DDPM: the annex, and no more than the zero_grad that it lacks
 
 Diffusion mixes a clean image, always called x_0, with more and more Gaussian noise. After step t, from 0 to
 999, it is
@@ -13,15 +13,16 @@ where alpha_bar_t falls from almost 1 (an image with a little noise) to almost 0
 sees x_t and t, and learns to predict the noise. Solved for x_0, the same formula then estimates the image.
 
 Why many steps? Many images and noises fit one noisy x_t. Under the mean squared error, the best prediction is
-the mean of all these noises, so the x_0 that it implies is a mean of images: blurred. A jump there would end
-in a blurred image. A small step towards it is right, and fewer images fit the less noisy x_{t-1}. So
-sampling starts from pure noise; each step, from t = 999 down to 0, takes a little of the predicted noise
-away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to its mean; but none at t = 0.
+the mean of all these noises, so the x_0 that it implies is E[x_0 | x_t], a mean of images: blurred. A jump
+there would end in a blurred image. A small step is right all the same: see reverse_process. And fewer images
+fit the less noisy x_{t-1}. So sampling starts from pure noise; each step, from t = 999 down to 0, takes a
+little of the predicted noise away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to
+its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
-"Worth" gives what a part changes: the Fréchet distance of samples to the test digits, smaller is better, with
-the part and without it; mean ± standard deviation over three seeds, after 12 epochs (benchmarks/README.md).
-What is said to be after three epochs was measured in an earlier version, of commit ae90fed.
+What a part is worth is given as the Fréchet distance of samples to the test digits, smaller is better, with
+and without the part: mean ± standard deviation over three seeds, after 12 epochs of commit 0b97490
+(benchmarks/README.md). What is said to be after three epochs is of an earlier version, commit ae90fed.
 Needs common.py beside it. All the options: --help.
 """
 
@@ -146,15 +147,17 @@ class DDPM:
 
     Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. At t = 0 the image
     still has a little noise, and reverse_process at t = 0 returns the clean image x_0. Images are (B, 1, H,
-    W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (see
-    build_ddpm).
+    W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (build_ddpm).
 
-    Step t adds noise: x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) noise, with alpha_t = 1 - beta_t; at t = 0,
-    x_{t-1} is the clean image, with alpha_bar_{t-1} = 1. All the steps up to t together are forward_process,
-    where alpha_bar_t is the product alpha_0 ... alpha_t. By induction: suppose it for x_{t-1}, and insert it
-    in the step. x_0 has the factor sqrt(alpha_t alpha_bar_{t-1}), which is sqrt(alpha_bar_t), and the
-    variances of the two independent noises add to alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t, which is
-    1 - alpha_bar_t.
+    Step t adds noise; all the steps up to t together are forward_process, where alpha_t = 1 - beta_t,
+    alpha_bar_t = alpha_0 ... alpha_t, and alpha_bar_{-1} = 1. By induction, inserting x_{t-1} in the step:
+
+        x_t     = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise
+        x_{t-1} = sqrt(alpha_bar_{t-1}) x_0 + sqrt(1 - alpha_bar_{t-1}) noise'
+        x_t     = sqrt(alpha_t alpha_bar_{t-1}) x_0 + a Gaussian noise of the variance
+                  alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t,
+
+    as the variances of independent noises add, and alpha_t alpha_bar_{t-1} = alpha_bar_t.
     """
 
     def __init__(self, model, timesteps=1000, beta_start=1e-4, beta_end=0.02, device=None):
@@ -188,11 +191,23 @@ class DDPM:
         For t = 0, returns the clean image x_0. x: x_t, (B, 1, H, W), not limited to [-1, 1]; t: (B,), from 0
         to timesteps - 1.
 
-        If x_0 were known, x_{t-1} would have the law that sample_posterior draws from, with s = t - 1. Insert
-        the network's x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t) into its mean (eq. 7), and
-        the mean below follows (eq. 11): the factor of x_t is (beta_t + alpha_t - alpha_bar_t) /
-        (sqrt(alpha_t) (1 - alpha_bar_t)), which is 1 / sqrt(alpha_t). That law has a smaller variance than
-        beta_t, by 55% at t = 1, 8% at t = 20 and 0.8% at t = 200: both are possible choices (section 3.2).
+        With x_0 known, x_{t-1} is Gaussian, with a mean that is linear in x_0 (sample_posterior, s = t - 1):
+        the mean over all x_0 that fit x_t is the one at E[x_0 | x_t], which the network estimates. And for a
+        small beta_t, x_{t-1} given x_t alone is nearly Gaussian, too. So a *small* step may draw it from a
+        Gaussian around this mean. With the x_0 that the noise implies (eq. 7, 11):
+
+            x_0  = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
+            mean = (sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t)
+                   / (1 - alpha_bar_t)
+
+        As alpha_bar_t = alpha_t alpha_bar_{t-1} and beta_t + alpha_t = 1, the factors in it are
+
+            of x_t:    (beta_t + alpha_t - alpha_bar_t) / (sqrt(alpha_t) (1 - alpha_bar_t))
+                       = 1 / sqrt(alpha_t)
+            of -noise: beta_t / (sqrt(alpha_t) sqrt(1 - alpha_bar_t))
+
+        With x_0 known, the variance is smaller than beta_t, by 55% at t = 1, 8% at t = 20, 0.8% at t = 200:
+        both are possible choices (section 3.2).
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -226,9 +241,6 @@ class DDPM:
 
         optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
         loss.backward()
-        # Clipping, not in the listing: a gradient longer than 1 is shortened to 1. In batches of 5, a short
-        # training then ends with half the loss (eight seeds, benchmarks/LOG.md).
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
 
@@ -253,16 +265,19 @@ class DDPM:
 class NoiseFromV(nn.Module):
     """Wraps a network that predicts v: takes x_t and t, returns the noise, as class DDPM expects it.
 
-    v = sqrt(a) noise - sqrt(1 - a) x_0, where a = alpha_bar_t (Salimans & Ho, 2022, arXiv:2202.00512,
-    appendix D). Then sqrt(a) v + sqrt(1 - a) x_t is the noise: insert x_t = sqrt(a) x_0 + sqrt(1 - a) noise,
-    the x_0 terms cancel, and (a + 1 - a) noise remains.
+    v (Salimans & Ho, 2022, arXiv:2202.00512, appendix D) is a mix of noise and image. With a = alpha_bar_t:
 
-    The loss is still the report's, on the noise. There an error e of v is sqrt(a) e, and its square has the
-    factor a: 0.08 at t = 500, 4e-5 at t = 999. So the loss hardly sees v at a large t, where sqrt(1 - a) x_t,
-    almost all of the noise, needs no learning. What is gained is the estimate of x_0. The division by sqrt(a)
-    in x0_from_noise magnifies the error of a predicted noise, sqrt((1 - a) / a) times in all, 157 at t = 999.
-    Here that error is only sqrt(a) e, so x_0 has the error sqrt(1 - a) e, never magnified. Worth, after three
-    epochs: 46 ± 4, not 99 ± 83.
+        x_t = sqrt(a) x_0 + sqrt(1 - a) noise
+        v   = sqrt(a) noise - sqrt(1 - a) x_0
+        noise = sqrt(1 - a) x_t + sqrt(a) v      the x_0 cancel, and (1 - a + a) noise remains
+        x_0   = sqrt(a) x_t - sqrt(1 - a) v      the noises cancel, and (a + 1 - a) x_0 remains
+
+    The loss is still the report's, on the noise. An error e of v is there an error sqrt(a) e, and its square
+    has the factor a: 0.08 at t = 500, 4e-5 at t = 999. So at a large t the loss hardly sees v; but there the
+    noise is almost all of x_t, and needs no learning. What is gained is the estimate of x_0. A network that
+    predicts the noise itself, with an error e, has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999.
+    With v it is sqrt(1 - a) e, never magnified, and even v = 0 gives a grey image there, sqrt(a) x_t.
+    After three epochs: Fréchet distance with v 46 ± 4, without it 99 ± 83.
 
     alpha_bars: those of the DDPM, (timesteps,).
     """
@@ -282,22 +297,67 @@ def to_pixels(images):
     return (images.clamp(-1, 1) + 1) / 2
 
 
-def x0_from_noise(x, noise, bar_t):
-    """The x_0 that x = x_t and its noise imply: forward_process, solved for x_0. bar_t: alpha_bar_t."""
+def estimate_x0(model, x, t, bar_t):
+    """The x_0 that the predicted noise implies: forward_process, solved for x_0.
+
+    x: x_t, (B, 1, H, W); t: a time, the same for all; bar_t: alpha_bar_t.
+    """
+    noise = model(x, torch.full((len(x),), t, device=x.device)).float()  # it may be bfloat16
     return (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
+
+
+def midpoint(x0, x0_last, snr_last, snr_t, snr_s):
+    """The estimate of x_0 half way from t to s, from those at t and at the time before, x0 and x0_last.
+
+    snr: log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise ratio, at these times. In it,
+    the exact mean of a step is an integral of the estimates on the way, with a known weight, and they change
+    smoothly: so the value in the middle stands for them all. It lies on the line through the two estimates:
+
+        x0 + (x0 - x0_last) / (snr_t - snr_last) * (snr_s - snr_t) / 2
+
+    (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095). Fréchet distance of 5,000
+    samples with it 12.7 ± 1.6, without it 18.7 ± 0.9.
+    """
+    ratio = (snr_s - snr_t) / (snr_t - snr_last)
+    return x0 + ratio / 2 * (x0 - x0_last)
+
+
+def guided(target, x0, x0_guide, guidance):
+    """`target`, pushed away from the estimate of a guiding model, the same network after less training.
+
+    Both err in much the same directions, and the guiding model more; so x0 - x0_guide points away from the
+    error of both. Without the midpoint, target = x0, this extrapolates, and guidance = 1 means no guidance:
+
+        x0 + (guidance - 1) (x0 - x0_guide) = x0_guide + guidance (x0 - x0_guide)
+
+    (autoguidance, Karras et al., 2024, arXiv:2406.02507). Fréchet distance with it 11.6 ± 1.2, without it
+    20.8 ± 2.0. sample_fast does it where a digit takes shape, at 0.2 <= t / timesteps < 0.6 (an interval, as
+    Kynkäänniemi et al., 2024, arXiv:2404.07724): on 5,000 samples 12.7 ± 1.6, at all t 24.8 ± 2.6. They found
+    that guidance costs variety at a large t, and changes little at a small one; here this was not measured.
+    """
+    return target + (guidance - 1) * (x0 - x0_guide)
 
 
 def sample_posterior(x, x0, bar_t, bar_s):
     """Draw x_s ~ q(x_s | x_t, x_0) for a time s < t; x: x_t; bar_t, bar_s: alpha_bar at t and at s.
 
-    Given x_0, x_s has the mean sqrt(bar_s) x_0 and the variance 1 - bar_s; given x_s, x_t has the mean
-    sqrt(alpha) x_s and the variance 1 - alpha, where alpha = bar_t / bar_s: so x_t / sqrt(alpha) is x_s with
-    noise of variance (1 - alpha) / alpha. By Bayes' rule the precisions of x_s, 1 / variance, add up:
-    1 / (1 - bar_s) + alpha / (1 - alpha) = (1 - bar_t) / ((1 - bar_s) (1 - alpha)). The mean is the average
-    of sqrt(bar_s) x_0 and x_t / sqrt(alpha), weighted by these two precisions (Ho et al., eq. 6 and 7, which
-    hold for any s < t). bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
+    With alpha = bar_t / bar_s, the product of the alphas from s + 1 to t, two things are known of x_s:
+
+        x_s = sqrt(bar_s) x_0 + sqrt(1 - bar_s) noise
+        x_t = sqrt(alpha) x_s + sqrt(1 - alpha) noise'
+
+    So it is sqrt(bar_s) x_0 up to a variance of 1 - bar_s, and x_t / sqrt(alpha) up to one of
+    (1 - alpha) / alpha. By Bayes' rule its precision, 1 / variance, is the sum of both, and its mean is the
+    average of the two, weighted by their precisions (Ho et al., eq. 6 and 7, which hold for any s < t):
+
+        precision = 1 / (1 - bar_s) + alpha / (1 - alpha)
+                  = (1 - alpha + alpha - alpha bar_s) / ((1 - bar_s) (1 - alpha))
+                  = (1 - bar_t) / ((1 - bar_s) (1 - alpha))
+        mean      = (sqrt(bar_s) x_0 / (1 - bar_s) + sqrt(alpha) x_t / (1 - alpha)) / precision
+
+    bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
     """
-    alpha = bar_t / bar_s  # the product of the alphas from s + 1 to t, in place of alpha_t in eq. 7
+    alpha = bar_t / bar_s
     mean = (math.sqrt(bar_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
     variance = (1 - bar_s) * (1 - alpha) / (1 - bar_t)
     return mean + math.sqrt(variance) * torch.randn_like(x)
@@ -307,22 +367,10 @@ def sample_posterior(x, x0, bar_t, bar_s):
 def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, image_size=(28, 28)):
     """Generate images in few steps; returns the list of all x_t, (n, 1, H, W), the last one x_0.
 
-    to_pixels turns them into pixels in [0, 1]. One step goes from t to the next time s, over many time steps:
-
-    1. Estimate x_0: the network predicts the noise, and the noise implies x_0.
-    2. (midpoint) On the way to s, the estimate would change. Take its value half way, on the straight line
-       through this estimate and the previous one, whose abscissa is log(alpha_bar / (1 - alpha_bar)), the
-       logarithm of the signal-to-noise ratio, SNR (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++",
-       arXiv:2211.01095). Worth: 12.7 ± 1.6, not 18.7 ± 0.9 (5,000 samples).
-    3. (guidance) Push it away from the estimate of a guiding model, the same network after less training,
-       by guidance - 1 times their difference. Without 2, this is guide + guidance * (model - guide): 1 means
-       no guidance (autoguidance: Karras et al., 2024, arXiv:2406.02507). Only at 0.2 <= t / timesteps < 0.6,
-       where a digit takes shape (an interval, as in Kynkäänniemi et al., 2024, arXiv:2404.07724). Worth:
-       11.6 ± 1.2, not 20.8 ± 2.0; on 5,000 samples 12.7 ± 1.6, and 24.8 ± 2.6 at all t.
-    4. Draw x_s from the posterior.
-
-    Without 2 and 3, the two `if`s, it is the plain sampler that skips time steps; and with as many steps as
-    there are time steps, it is the annex's, except for the variance (see reverse_process).
+    to_pixels turns them into pixels in [0, 1]. Each step estimates x_0, goes on to the estimate in the middle
+    of the step, adds guidance, and draws x_s, over many time steps at once. With as many steps as there are
+    time steps and without the two `if`s, it is the annex's sampler, but for the variance (see
+    reverse_process). guide: the guiding model, or None; guidance: its weight.
     """
     process.model.eval()
     if guide is not None:
@@ -332,23 +380,19 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     # From timesteps - 1 to 0, closer near 0, where x_0 gets its details. The first term alone falls by 1 from
     # one u to the next, so no two times are equal. With u**3, 30 steps have the same distance as these 20.
     times = ((steps - 1) * u + (process.timesteps - steps) * u**2).round().long().tolist()
-    alpha_bars = [*process.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
-    log_snr = [math.log(bar / (1 - bar)) for bar in alpha_bars[:-1]]
+    bars = [*process.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
+    snr = [math.log(bar / (1 - bar)) for bar in bars[:-1]]
     x, x0_last = torch.randn(num_samples, 1, *image_size, device=process.device), None
     xs = [x]
     for i, t in enumerate(tqdm(times, desc="Génération", leave=False)):
-        t_batch = torch.full((num_samples,), t, device=process.device)
-        bar_t, bar_s = alpha_bars[i], alpha_bars[i + 1]
-        x0 = x0_from_noise(x, process.model(x, t_batch).float(), bar_t)  # a predicted noise may be bfloat16
+        x0 = estimate_x0(process.model, x, t, bars[i])
         target = x0
         if 0 < i < steps - 1:  # the first step has no previous estimate, the final one ends at infinite SNR
-            ratio = (log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])
-            target = x0 + ratio / 2 * (x0 - x0_last)
+            target = midpoint(x0, x0_last, *snr[i - 1 : i + 2])
         if guide is not None and guidance != 1 and 0.2 <= t / process.timesteps < 0.6:
-            x0_guide = x0_from_noise(x, guide(x, t_batch).float(), bar_t)
-            target = target + (guidance - 1) * (x0 - x0_guide)
+            target = guided(target, x0, estimate_x0(guide, x, t, bars[i]), guidance)
         x0_last = x0
-        x = sample_posterior(x, target, bar_t, bar_s)
+        x = sample_posterior(x, target, bars[i], bars[i + 1])
         xs.append(x)
     return xs
 
@@ -356,35 +400,59 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
 # ---- Training
 
 
-def build_unet(device="cpu"):
-    """The annex's U-Net, with initial weights under which the signal shrinks less.
+def build_unet(device="cpu", he=True):
+    """The annex's U-Net; he: with initial weights under which the signal shrinks less, and biases of 0.
 
-    It has no normalisation layers against that. An output is a sum over fan_in inputs, with independent
-    weights of mean 0: its mean square is fan_in times that of one product, and weights of variance 1 / fan_in
-    keep it. ReLU halves it, so He et al. (2015, arXiv:1502.01852) take 2 / fan_in. With SiLU, a layer then
+    It has no normalisation layers against that. An output is a sum over fan_in inputs x_i; with independent
+    weights w_i of mean 0, and before ReLU or after it:
+
+        E[(sum_i w_i x_i)^2] = fan_in Var(w) E[x^2]
+        E[relu(y)^2] = E[y^2] / 2                         as y is symmetric about 0
+
+    so Var(w) = 2 / fan_in keeps the mean square (He et al., 2015, arXiv:1502.01852). With SiLU, a layer then
     keeps 0.5 to 0.8 of the mean square of an input, if that is below 1; with PyTorch's 1 / (3 fan_in), about
-    a tenth, and one training of two, without clipping, failed: 729, not 20. The transposed convolutions keep
-    PyTorch's weights, as others gained nothing.
+    a tenth: without He's weights and without clipping, one training of two failed (a Fréchet distance of 729,
+    the other 20). The transposed convolutions keep PyTorch's weights, as others gained nothing.
     """
     model = SimpleMNistUNet()
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):  # fan_in = in_channels * 3 * 3
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
-    nn.init.zeros_(model.final_conv.weight)  # at first it predicts 0, not something random
-    if torch.device(device).type in ("cpu", "cuda"):  # on mps, some versions of torch get its gradients wrong
-        model = model.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+    if he:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):  # fan_in = in_channels * 3 * 3
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(model.final_conv.weight)  # at first it predicts 0, not something random
+    # channels_last, a memory layout: a step is 19% faster. On mps, some versions of torch get its gradients
+    # wrong.
+    if torch.device(device).type in ("cpu", "cuda"):
+        model = model.to(memory_format=torch.channels_last)
     return model.to(device)
 
 
-def build_ddpm(timesteps=1000, predict="v", device="cpu"):
-    """A DDPM with an untrained U-Net that predicts "v" or "noise"; timesteps: 2 or more."""
+def build_ddpm(timesteps=1000, predict="v", device="cpu", he=True):
+    """A DDPM with an untrained U-Net that predicts "v" or "noise". timesteps: 2 or more; he: build_unet."""
     # About as much noise in fewer steps, as in the code of Nichol & Dhariwal (2021, arXiv:2102.09672).
     scale = 1000 / timesteps
-    process = DDPM(build_unet(device), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
+    process = DDPM(build_unet(device, he), timesteps, 1e-4 * scale, min(0.02 * scale, 0.999))
     if predict == "v":
         process.model = NoiseFromV(process.model, process.alpha_bars)
     return process
+
+
+def build_optimizer(process, lr, total_steps):
+    """Adam, clipping, and a one-cycle learning rate; returns (optimizer, scheduler).
+
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, then falls to almost 0
+    at the last of total_steps.
+    """
+    parameters = list(process.model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # fused: all weights in one operation
+
+    def clip(*_):  # a gradient longer than 1 is shortened to 1
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+
+    optimizer.register_step_pre_hook(clip)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps)
+    return optimizer, scheduler
 
 
 def train_epoch(process, dataloader, optimizer, scheduler=None, bf16=False):
@@ -404,6 +472,30 @@ def train_epoch(process, dataloader, optimizer, scheduler=None, bf16=False):
         if scheduler is not None:
             scheduler.step()
     return train_loss.item() / len(dataloader)
+
+
+def train_ddpm(
+    process, dataloader, optimizer, num_epochs=12, scheduler=None, bf16=False, seed=0, done=0, guide=None
+):
+    """Train on a loader of images in [0, 1]; a generator, which yields (epoch, loss, guide) after each epoch.
+
+    epoch: its number, from 1; loss: its average loss; guide: the guiding model for sample_fast, a copy of the
+    network after a twelfth of the epochs, None before it and if there is a single epoch. scheduler, bf16: see
+    train_epoch. Each pair of seed and epoch has its own random numbers: to go on with a training, give the
+    number of epochs that are `done`, and its guide. Raises ValueError if the images are not in [0, 1],
+    FloatingPointError if the training diverges.
+    """
+    x, _ = next(iter(dataloader))
+    if not (0 <= x.min() and x.max() <= 1):
+        raise ValueError(f"the images must be in [0, 1], not from {x.min():g} to {x.max():g}")
+    for epoch in range(done + 1, num_epochs + 1):
+        torch.manual_seed((seed + 10**6 * epoch) % 2**64)  # two seeds below a million never draw the same
+        loss = train_epoch(process, dataloader, optimizer, scheduler, bf16)
+        if not math.isfinite(loss) or not all(p.isfinite().all() for p in process.model.parameters()):
+            raise FloatingPointError(f"diverged in epoch {epoch}, loss {loss}: try a smaller --lr")
+        if epoch == max(1, round(num_epochs / 12)) < num_epochs:
+            guide = copy.deepcopy(process.model)
+        yield epoch, loss, guide
 
 
 @torch.no_grad()
@@ -427,75 +519,72 @@ def evaluate(process, data_loader):
 
 # ---- The script: files, figures, command line
 
-OPTIONS = "epochs", "batch_size", "lr", "seed", "timesteps", "predict", "limit"
+# The options that change nothing in a model.
+RUN = "device", "data_dir", "save_dir", "resume", "load", "sampler", "steps", "guidance"
 
 
-def fit(args, train_loader, path):
-    """Train with the options `args`, such as parse_args([]), save the model at `path`; returns load(path).
+def train(args, train_loader, path):
+    """Train a DDPM with the options `args`, save it at `path`, and return it and its guiding model as `load`.
 
-    train_loader: of common.load_mnist. Adam with the one-cycle policy of Smith & Topin (2017,
-    arXiv:1708.07120): the learning rate rises to args.lr, then falls to almost 0. The guiding model is a copy
-    of the network after a twelfth of the epochs; a single epoch has none. checkpoint.pt, beside `path`, is
-    written after each epoch, and removed at the end. Raises FloatingPointError if the training diverges;
-    OSError if a file can't be written, or if checkpoint.pt is there without args.resume, or has other
-    options.
+    train_loader: of load_mnist. checkpoint.pt, beside `path`, is written after each epoch, and removed at the
+    end. Raises FloatingPointError if the training diverges; OSError if a file can't be written, if
+    checkpoint.pt is there without args.resume, or if it has other options or images.
     """
-    # tolist() makes numpy's numbers plain: torch.load refuses them. pixel_sum distinguishes sets of images.
-    options = {name: np.asarray(getattr(args, name)).tolist() for name in OPTIONS}
-    options["pixel_sum"] = train_loader.dataset.tensors[0].sum().item()
+    # tolist() makes numpy's numbers plain: torch.load refuses them.
+    options = {name: np.asarray(value).tolist() for name, value in vars(args).items() if name not in RUN}
+    options["images_crc32"] = common.checksum(train_loader.dataset.tensors[0])
     epochs, checkpoint = options["epochs"], os.path.join(os.path.dirname(path), "checkpoint.pt")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    torch.manual_seed(args.seed)
-    process = build_ddpm(args.timesteps, args.predict, args.device)
-    model, guide = process.model, None
-    optimizer = torch.optim.Adam(model.parameters(), lr=options["lr"], fused=True)
-    # One-cycle, clipping and beta2 0.99, after three epochs of the annex: worth 251 ± 42, not 631 ± 37.
-    total_steps = epochs * len(train_loader)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=options["lr"], total_steps=total_steps)
-    losses, seconds = [], 0.0
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"DDPM on {args.device} ({args.precision}): {parameters:,} parameters")
-
     if args.resume:
-        saved = read(checkpoint)
-        for name, value in options.items():
-            if (before := saved["options"][name]) != value:
+        process, guide = load(checkpoint, args.device)
+        for name in options | process.options:
+            before, now = process.options.get(name), options.get(name)
+            if before != now and name != "bf16":
                 why = ", and its learning rate falls to 0 by then" if name == "epochs" else ""
-                mend = "start as before (pixel_sum: the images in --data-dir), or delete it to start again"
-                raise OSError(f"{checkpoint} was started with {name} {before}, not {value}{why}: {mend}")
-        restore(saved, checkpoint, model=model, optimizer=optimizer, scheduler=scheduler)
-        losses, seconds = saved["losses"], saved["seconds"]
-        if saved["guide"] is not None:
-            guide = copy.deepcopy(model)
-            restore(saved, checkpoint, guide=guide)
-        print(f"Resuming after epoch {len(losses)}")
+                mend = "start as before, or delete it to start again"
+                raise OSError(f"{checkpoint} was started with {name} {before}, not {now}{why}: {mend}")
+        print(f"Resuming after epoch {len(process.losses)}")
     elif os.path.exists(checkpoint):
         mend = "--resume continues it; delete it to start again"
         raise OSError(f"{checkpoint} is an unfinished training: {mend}")
+    else:
+        torch.manual_seed(args.seed)
+        process = build_ddpm(args.timesteps, args.predict, args.device, he=not args.annex)
+        process.losses, process.seconds, guide = [], 0.0, None
+    process.options = options
 
-    for epoch in range(len(losses), epochs):
-        # Two seeds below a million never draw the same; a resumed run draws what an uninterrupted one draws.
-        torch.manual_seed((options["seed"] + 10**6 * (epoch + 1)) % 2**64)
-        start = time.perf_counter()
-        avg_loss = train_epoch(process, train_loader, optimizer, scheduler, args.precision == "bf16")
-        seconds += time.perf_counter() - start
-        if not math.isfinite(avg_loss) or not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"diverged in epoch {epoch + 1}, loss {avg_loss}: try a smaller --lr")
-        losses.append(avg_loss)
-        if epoch + 1 == max(1, round(epochs / 12)) < epochs:
-            guide = copy.deepcopy(model)
-        parts = {"model": model, "guide": guide, "optimizer": optimizer, "scheduler": scheduler}
-        save(checkpoint, options, losses, seconds, **parts)  # before print, whose output may be closed
-        print(f"Epoch [{epoch + 1}/{epochs}] Average loss: {avg_loss:.4f}", flush=True)
-    save(path, options, losses, seconds, model=model, guide=guide)
+    if args.annex:
+        optimizer = torch.optim.Adam(process.model.parameters(), lr=options["lr"], fused=True)
+        scheduler = None
+    else:
+        optimizer, scheduler = build_optimizer(process, options["lr"], epochs * len(train_loader))
+    if args.resume:
+        read(checkpoint, optimizer=optimizer, scheduler=scheduler)
+    parameters = sum(p.numel() for p in process.model.parameters())
+    print(f"DDPM on {args.device} ({'bf16' if args.bf16 else 'fp32'}): {parameters:,} parameters")
+
+    method = epochs, scheduler, args.bf16, options["seed"], len(process.losses), guide
+    start = time.perf_counter()
+    try:
+        for epoch, loss, guide in train_ddpm(process, train_loader, optimizer, *method):
+            process.losses.append(loss)
+            process.seconds += time.perf_counter() - start
+            save(checkpoint, process, guide, optimizer=optimizer, scheduler=scheduler)  # before the line
+            print(f"Epoch [{epoch}/{epochs}] Average loss: {loss:.4f}", flush=True)
+            start = time.perf_counter()
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}, and delete {checkpoint}, if it is there") from error
+    save(path, process, guide)
     os.remove(checkpoint)
     print(f"Model saved: {path}")
-    return load(path, args.device)
+    return process, guide
 
 
-def save(path, options, losses, seconds, **parts):
+def save(path, process, guide, **parts):
     """Write a file with the state of each part, beside `path`, and move it there when it is complete."""
-    saved = {"script": "ddpm", "options": options, "losses": losses, "seconds": seconds}
+    saved = {"script": "ddpm", "options": process.options, "losses": process.losses}
+    saved["seconds"] = process.seconds
+    parts |= {"model": process.model, "guide": guide}
     saved |= {name: None if part is None else part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()  # in memory first: torch.save to a full disk raises no OSError
     torch.save(saved, buffer)
@@ -504,42 +593,33 @@ def save(path, options, losses, seconds, **parts):
     os.replace(f"{path}.new", path)  # if this is refused, its error names the complete file
 
 
-def read(path):
-    """The dictionary that `save` wrote. Raises OSError if the file is missing, damaged or another one."""
+def read(path, **parts):
+    """The dictionary that `save` wrote; each part that is not None gets its saved state.
+
+    Raises OSError if the file is missing, damaged or another one, or if the network was edited since.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["script"] != "ddpm":
             raise OSError(f"it is a model of {saved['script']}.py")
-    except (OSError, RuntimeError) as error:  # missing, locked, or cut short
-        raise OSError(f"can't load {path}: {textwrap.shorten(str(error), 200)}") from error
-    except Exception as error:  # any other file
-        raise OSError(f"{path} is not a model of these scripts ({type(error).__name__})") from error
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(saved[name])
+    except Exception as error:  # torch has many types for it
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+        raise OSError(f"can't load {path}: {why}") from error
     return saved
 
 
-def restore(saved, path, **parts):
-    """Give each part its saved state. Raises OSError if it does not fit: the network was edited since."""
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        why = textwrap.shorten(str(error), 200)
-        raise OSError(f"the network is not that of {path}, or an older version saved it ({why})") from error
-
-
 def load(path, device="cpu"):
-    """The DDPM in ddpm.pt or checkpoint.pt, and its guiding model, or None.
+    """The DDPM in ddpm.pt or checkpoint.pt, and its guiding model, or None. Raises OSError, as `read`.
 
-    The DDPM also has the options, losses and seconds of its training. Raises OSError if the file is missing,
-    damaged or another one.
+    The DDPM also has the options, losses and seconds of its training.
     """
     saved = read(path)
     process = build_ddpm(saved["options"]["timesteps"], saved["options"]["predict"], device)
-    restore(saved, path, model=process.model)
-    guide = None
-    if saved["guide"] is not None:
-        guide = copy.deepcopy(process.model)
-        restore(saved, path, guide=guide)
+    guide = None if saved["guide"] is None else copy.deepcopy(process.model)
+    read(path, model=process.model, guide=guide)
     process.options, process.losses, process.seconds = saved["options"], saved["losses"], saved["seconds"]
     return process, guide
 
@@ -548,7 +628,7 @@ def plot_noising(process, x0, save_dir="results"):
     """Draw the image x0, (1, 1, 28, 28) in [-1, 1], at ten times t, each with its own noise (figure 4 a)."""
     times = torch.linspace(0, process.timesteps - 1, 10).round().long().to(process.device)
     x_t = process.forward_process(x0.expand(10, -1, -1, -1), times)
-    fig = common.plot_images(to_pixels(x_t), 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
+    fig = common.images_figure(to_pixels(x_t), 1, 10, (10, 1.7), "Évolution du chiffre vers le bruit")
     for ax, t in zip(fig.axes, times.tolist()):
         ax.set_title(f"t={t}", fontsize=9)
     common.save_figure(fig, save_dir, "noising.png")
@@ -559,15 +639,16 @@ def plot_denoising(xs, save_dir="results"):
     stages = torch.linspace(0, len(xs) - 1, 10).round().long().tolist()
     images = torch.stack([to_pixels(xs[i]) for i in stages], dim=1).flatten(0, 1)  # (n * 10, 1, 28, 28)
     n = len(xs[0])
-    fig = common.plot_images(images, n, 10, (10, n + 0.3), "Évolution du bruit vers le chiffre")
+    fig = common.images_figure(images, n, 10, (10, n + 0.3), "Évolution du bruit vers le chiffre")
     common.save_figure(fig, save_dir, "denoising.png")
 
 
 def has_bf16(device):
-    """Whether bfloat16 is known to be fast on the device, a str: recent GPUs, AMX, AVX512-BF16."""
-    if device.startswith("cuda"):
+    """Whether bfloat16 is known to be fast on the device: recent GPUs, AMX, AVX512-BF16."""
+    device = torch.device(device)
+    if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older versions can't tell
         return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -585,11 +666,12 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="seed of the weights, the batches and the samples")
     add("--timesteps", type=int, default=1000, help="steps from an image to noise")
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
-    add("--sampler", choices=["fast", "ddpm"], default="fast", help="of samples.png; ddpm: the report's")
+    add("--annex", action="store_true", help="the report's own DDPM, by default in results/annex")
+    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm: the report's, as with --annex")
     add("--steps", type=int, default=20, help="steps of the fast sampler, at most as many as time steps")
     add("--guidance", type=float, default=1.5, help="weight of the guidance in the fast sampler; 1: none")
     add("--device", default=device, help="a torch device")
-    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
+    add("--fp32", dest="bf16", action="store_false", default=argparse.SUPPRESS, help="float32, not bfloat16")
     folder = os.path.expanduser  # "~" is the home folder
     add("--data-dir", type=folder, default="data", help="folder of MNIST, downloaded if missing")
     add("--save-dir", type=folder, default="results/ddpm", help="folder of the model and the figures")
@@ -598,8 +680,14 @@ def parse_args(argv=None):
     one_of("--resume", action="store_true", help="continue an unfinished training, with its options")
     one_of("--load", type=folder, metavar="PATH", help="no training: a saved model, with its options")
     args = parser.parse_args(argv)
-    if args.resume:  # its options are the defaults; fit refuses another one
-        parser.set_defaults(**read(os.path.join(args.save_dir, "checkpoint.pt"))["options"])
+    if args.annex:
+        parser.set_defaults(predict="noise", lr=1e-3, sampler="ddpm", save_dir="results/annex")
+        args = parser.parse_args(argv)
+    if args.resume:  # the checkpoint's options are the defaults; train refuses another one
+        checkpoint = os.path.join(args.save_dir, "checkpoint.pt")
+        if not os.path.exists(checkpoint):
+            raise OSError(f"nothing to resume: {checkpoint} is not there; a finished training leaves none")
+        parser.set_defaults(**read(checkpoint)["options"])
         args = parser.parse_args(argv)
 
     if min(args.epochs, args.batch_size, args.steps, args.limit) < 1:
@@ -613,7 +701,7 @@ def parse_args(argv=None):
     except Exception as error:  # torch has several types for it
         reason = str(error).splitlines()[0]
         parser.error(f"--device {args.device} can't be used ({reason}); try --device cpu")
-    args.precision = "bf16" if has_bf16(args.device) and not args.fp32 else "fp32"
+    args.bf16 = getattr(args, "bf16", True) and has_bf16(args.device)
     return args
 
 
@@ -623,34 +711,32 @@ def main(argv=None):
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.load is None:
-        process, guide = fit(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
+        process, guide = train(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
     else:
         process, guide = load(args.load, args.device)
-    if guide is None:
-        print("No guiding model (after a single epoch, or early in a training): the samples are not guided")
+        print(f"{args.load} was trained with {process.options}")
+    fast = args.sampler == "fast" and not process.options.get("annex")
+    steps = min(args.steps, process.timesteps) if fast else process.timesteps
+    guide = guide if fast else None
+    print(f"Samples in {steps} steps, {'not ' if guide is None or args.guidance == 1 else ''}guided")
 
     torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes
-    with torch.autocast(process.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):
         print(f"Held-out loss: {evaluate(process, test_loader):.4f}")
         common.plot_losses(process.losses, args.save_dir)
         x, _ = next(iter(test_loader))
         plot_noising(process, 2.0 * x[:1].to(process.device) - 1.0, args.save_dir)
-        plot_denoising(sample_fast(process, 6, args.steps, guide, args.guidance), args.save_dir)
-        if args.sampler == "ddpm":
-            images = process.sample(64)
+        plot_denoising(sample_fast(process, 6, steps, guide, args.guidance), args.save_dir)
+        if fast:
+            images = to_pixels(sample_fast(process, 64, steps, guide, args.guidance)[-1])
         else:
-            images = to_pixels(sample_fast(process, 64, args.steps, guide, args.guidance)[-1])
+            images = process.sample(64)
         title = "Exemples de chiffres MNIST générés par le modèle DDPM"
-        common.save_figure(common.plot_images(images, 8, 8, (8, 8), title), args.save_dir, "samples.png")
+        common.save_figure(common.images_figure(images, 8, 8, (8, 8), title), args.save_dir, "samples.png")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"ddpm.py: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"ddpm.py: {error} Try a smaller --batch-size.")
-    except KeyboardInterrupt:
-        saved = "after 'Epoch' above, --resume continues; after 'Model saved', --load PATH draws the figures"
-        sys.exit(f"ddpm.py: interrupted; {saved}")
+    except (OSError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        sys.exit(f"ddpm.py: {str(error) or 'interrupted'}")

@@ -19,11 +19,12 @@ import ddpm
 import dense_vae
 
 
-def write_mnist(folder, n_train=100, n_test=20):
+def write_mnist(folder, n_train=100, n_test=20, transpose=False):
     """Write a small data set into `folder`, in MNIST's format; returns all the digits and their labels."""
     images, labels = load_digits(return_X_y=True)
     images = np.pad(np.kron(images.reshape(-1, 8, 8), np.ones((3, 3))), ((0, 0), (2, 2), (2, 2)))
     images, labels = (images * 255 / 16).astype(np.uint8), labels.astype(np.uint8)
+    images = images.transpose(0, 2, 1) if transpose else images
     os.makedirs(f"{folder}/MNIST/raw")
     for split, part in ("train", slice(n_train)), ("t10k", slice(n_train, n_train + n_test)):
         for name, header, array in (

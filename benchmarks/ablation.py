@@ -1,27 +1,25 @@
-"""What is each addition to the report's listings worth? One change a row, over several seeds.
+"""What is each addition to the report's listings worth? The default, each part left out, over several seeds.
 
 python benchmarks/ablation.py ddpm --epochs 3 --seeds 0 1 2
+python benchmarks/ablation.py ddpm --select    to choose: train on 50,000 images, measure against the others
 python benchmarks/ablation.py dense --seeds 0 1 2 3 4
 python benchmarks/ablation.py conv
 
-Each finished row is added to results/ablation/<what>.csv at once, and is not measured again when the command
-is started again: delete the folder after a change of the code or of --num-samples.
+Each finished row is added to results/ablation/<what>.csv at once, and each network is kept beside it: started
+again, the command measures what is missing. Delete the folder after a change of the code or of --num-samples.
 """
 
 import argparse
-import copy
+import contextlib
 import csv
 import os
 import sys
-import time
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn as nn
-from compare import classify, frechet, train_classifier
-from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
+from rulers import MEASURES, N_TRAIN, Rulers
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -29,140 +27,119 @@ import common
 import conv_vae
 import ddpm
 import dense_vae
-from common import plt
 
-# ---- The DDPM: from the annex to the default, each row with what it changes in the row above
+# ---- The DDPM: how a network is trained, and how its samples are drawn
 
-ANNEX = {
-    "zero_grad": False,
-    "one_cycle": False,
-    "clip": False,
-    "he": False,
-    "predict": "noise",
-    "bf16": True,  # where the hardware has it
+ANNEX = {"predict": "noise", "he": False, "constant_lr": 1e-3, "clip": False}
+DEFAULT = {"predict": "v", "he": True, "constant_lr": None, "clip": True}
+ROWS = {
+    "the annex as printed": (ANNEX | {"zero_grad": False}, {"guided": False}),
+    "the annex with zero_grad": (ANNEX, {"guided": False}),
+    "the default": (DEFAULT, {}),
+    "without one-cycle, 1e-3": (DEFAULT | {"constant_lr": 1e-3}, {}),
+    "without one-cycle, 2e-3": (DEFAULT | {"constant_lr": 2e-3}, {}),
+    "without one-cycle, 3e-3": (DEFAULT | {"constant_lr": 3e-3}, {}),
+    "without clipping": (DEFAULT | {"clip": False}, {}),
+    "without He's weights": (DEFAULT | {"he": False}, {}),
+    "without v": (DEFAULT | {"predict": "noise"}, {}),
+    "without guidance": (DEFAULT, {"guided": False}),
+    "without the midpoint": (DEFAULT, {"midpoint": False}),
+    "in float32": (DEFAULT | {"bf16": False}, {}),
+    "the annex with zero_grad, 1000 steps": (ANNEX, {"annex": True}),
+    "the default, 1000 steps": (DEFAULT, {"annex": True}),
 }
-WALK = [
-    ("the annex as printed", {}),
-    ("+ zero_grad", {"zero_grad": True}),
-    ("+ one-cycle to 3e-3", {"one_cycle": True}),
-    ("+ clipping", {"clip": True}),
-    ("+ He's weights, zero last layer", {"he": True}),
-    ("+ v", {"predict": "v"}),
-    ("+ guidance", {}),
-    ("+ guidance, but float32", {"bf16": False}),
-]
-
-
-def build_process(how, device):
-    """An untrained DDPM."""
-    process = ddpm.build_ddpm(1000, how["predict"], device)
-    if not how["he"]:
-        for module in process.model.modules():
-            if isinstance(module, nn.Conv2d):
-                module.reset_parameters()
-    return process
 
 
 def train_ddpm(how, train_loader, epochs, seed, device):
-    """Train a DDPM; returns the states of its model and its guiding model, and the seconds of an epoch."""
+    """Train a DDPM; returns (process, guide)."""
     torch.manual_seed(seed)
-    process, scheduler = build_process(how, device), None
-    lr = 3e-3 if how["one_cycle"] else 1e-3
-    optimizer = Adam(process.model.parameters(), lr=lr, fused=True)
-    if how["one_cycle"]:
-        scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * len(train_loader))
-    if not how["zero_grad"]:
-        optimizer.zero_grad = lambda: None
-    clip = nn.utils.clip_grad_norm_ if how["clip"] else lambda *_: None
-    bf16, seconds = how["bf16"] and ddpm.has_bf16(device), []
-    for epoch in range(epochs):
-        torch.manual_seed(10_000 * seed + epoch + 1)
-        start = time.perf_counter()
-        with mock.patch.object(nn.utils, "clip_grad_norm_", clip):
-            ddpm.train_epoch(process, train_loader, optimizer, scheduler, bf16)
-        seconds.append(time.perf_counter() - start)
-        if epoch == 0:  # as ddpm.fit does, from 2 to 17 epochs
-            guide = copy.deepcopy(process.model.state_dict())
-    saved = {"model": process.model.state_dict(), "guide": guide}
-    return saved | {"seconds": min(seconds)}  # the fastest epoch, as machines are shared
+    process = ddpm.build_ddpm(1000, how["predict"], device, how["he"])
+    optimizer, scheduler = ddpm.build_optimizer(process, 3e-3, epochs * len(train_loader))
+    if how["constant_lr"]:
+        optimizer.param_groups[0].update(lr=how["constant_lr"], betas=(0.9, 0.999))  # one-cycle has set both
+        scheduler = None
+    with contextlib.ExitStack() as changes:
+        if not how.get("zero_grad", True):
+            optimizer.zero_grad = lambda: None
+        if not how["clip"]:
+            changes.enter_context(mock.patch.object(nn.utils, "clip_grad_norm_", lambda *_: None))
+        bf16, guide = how.get("bf16", True) and ddpm.has_bf16(device), None
+        with contextlib.suppress(FloatingPointError):  # a network that diverged is measured, too
+            for epoch in ddpm.train_ddpm(process, train_loader, optimizer, epochs, scheduler, bf16, seed):
+                guide = epoch[2]
+    return process, guide
 
 
-def measure_ddpm(how, saved, guided, test_loader, classifier, real, num_samples, seed, device):
-    """The columns of a row; frechet and doubtful are those of samples of sample_fast."""
-    process, guide = build_process(how, device), None
-    process.model.load_state_dict(saved["model"])
-    if guided:
-        guide = copy.deepcopy(process.model)
-        guide.load_state_dict(saved["guide"])
+def measure_ddpm(process, guide, sampling, test_loader, rulers, num_samples, seed, bf16):
+    """The columns of a row: the held-out loss, and the measures of the samples."""
+    guide = guide if sampling.get("guided", True) else None
+    midpoint = ddpm.midpoint if sampling.get("midpoint", True) else lambda x0, *_: x0
     torch.manual_seed(seed)
-    with torch.autocast(process.device.type, torch.bfloat16, enabled=how["bf16"] and ddpm.has_bf16(device)):
+    with (
+        torch.autocast(process.device.type, torch.bfloat16, enabled=bf16),
+        mock.patch.object(ddpm, "midpoint", midpoint),
+    ):
         try:
             loss = ddpm.evaluate(process, test_loader)
         except FloatingPointError:
             loss = np.nan
-        batches = tqdm(torch.arange(num_samples).split(100), desc="Samples", leave=False)
-        xs = [ddpm.sample_fast(process, len(batch), guide=guide)[-1] for batch in batches]
-    pixels, distance, doubtful = ddpm.to_pixels(torch.cat(xs)), np.nan, np.nan
-    if pixels.isfinite().all():
-        features, probabilities = classify(classifier, pixels)
-        distance = frechet(features, real)
-        doubtful = (probabilities.amax(1) < 0.9).float().mean().item()
-    return {"loss": loss, "frechet": distance, "doubtful": doubtful, "seconds": saved["seconds"]}
+        images = []
+        for batch in tqdm(torch.arange(num_samples).split(100), desc="Samples", leave=False):
+            if sampling.get("annex"):
+                images.append(process.sample(len(batch)).cpu())
+            else:
+                images.append(ddpm.to_pixels(ddpm.sample_fast(process, len(batch), guide=guide)[-1]).cpu())
+    images = torch.cat(images)
+    measured = dict.fromkeys(MEASURES, np.nan)
+    if images.isfinite().all():
+        measured = rulers.measure(images)
+    return {"loss": loss, "samples": num_samples} | measured
 
 
 def ablate_ddpm(args, loaders, table):
     """Train and measure the missing rows, seed by seed."""
-    torch.manual_seed(0)
-    classifier = train_classifier(loaders[0], args.device)
-    real, _ = classify(classifier, torch.cat([x for x, _ in loaders[1]]))
+    train, test = (loader.dataset.tensors[0].cpu() / 255 for loader in loaders)
+    rulers = Rulers(train, test, args.device)
     for seed in args.seeds:
-        how = ANNEX
-        for name, change in WALK:
-            how = how | change
-            if table.has(name, seed):
+        for name, (how, sampling) in ROWS.items():
+            if table.has(name, seed) or (args.rows and name not in args.rows):
                 continue
-            file_name = "-".join(map(str, [*how.values(), args.epochs, args.limit, seed])) + ".pt"
+            file_name = "-".join(map(str, [*how.values(), args.epochs, len(train), seed])) + ".pt"
             path = os.path.join(args.save_dir, file_name)  # rows with one training share it
-            if not os.path.exists(path):
-                torch.save(train_ddpm(how, loaders[0], args.epochs, seed, args.device), path)
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            sampling = classifier, real, args.num_samples, seed, args.device
-            table.add(name, seed, measure_ddpm(how, saved, "guidance" in name, loaders[1], *sampling))
+            if os.path.exists(path):
+                process, guide = ddpm.load(path, args.device)
+            else:
+                process, guide = train_ddpm(how, loaders[0], args.epochs, seed, args.device)
+                process.options = {"timesteps": 1000, "predict": how["predict"]}
+                process.losses, process.seconds = [], 0.0
+                ddpm.save(path, process, guide)
+            num_samples = min(args.num_samples, 1000) if sampling.get("annex") else args.num_samples
+            bf16 = how.get("bf16", True) and ddpm.has_bf16(args.device)
+            columns = measure_ddpm(process, guide, sampling, loaders[1], rulers, num_samples, seed, bf16)
+            table.add(name, seed, columns)
 
 
-# ---- The VAEs: from the listing's loop with Adam to the default
-
-VAE_WALK = [
-    ("Adam at 1e-3", {"one_cycle": False, "beta2": 0.999, "bf16": True}),  # where the hardware has it
-    ("+ one-cycle to the default --lr", {"one_cycle": True}),
-    ("+ beta2 0.99", {"beta2": 0.99}),
-    ("+ beta2 0.99, but float32", {"bf16": False}),
-]
+# ---- The VAEs: the default, against Adam at a constant rate
 
 
 def ablate_vae(args, loaders, table, script):
     """Train and measure the missing rows, seed by seed."""
-    defaults = script.parse_args([])
+    defaults = script.parse_args(["--device", args.device])
+    options = {"bf16": defaults.bf16} if script is conv_vae else {}
     for seed in args.seeds:
-        how = {}
-        for name, change in VAE_WALK:
-            how = how | change
-            if table.has(name, seed) or (not how["bf16"] and script is dense_vae):  # it has no bfloat16
+        for name, lr in ("the default", None), ("1e-3", 1e-3), ("2e-3", 2e-3), ("4e-3", 4e-3):
+            if table.has(name, seed):
                 continue
             torch.manual_seed(seed)
-            vae, scheduler = script.build_vae(device=args.device), None
-            lr = defaults.lr if how["one_cycle"] else 1e-3
-            optimizer = Adam(vae.parameters(), lr=lr, betas=(0.9, how["beta2"]), fused=True)
-            if how["one_cycle"]:
-                scheduler = OneCycleLR(optimizer, max_lr=lr, total_steps=args.epochs * len(loaders[0]))
-            bf16 = how["bf16"] and conv_vae.has_bf16(args.device)
-            options = {"bf16": bf16} if script is conv_vae else {}
-            start = time.perf_counter()
-            script.train_vae(vae, loaders[0], optimizer, args.epochs, scheduler=scheduler, **options)
-            seconds = (time.perf_counter() - start) / args.epochs
+            vae = script.build_vae(device=args.device)
+            if lr is None:
+                script.fit(vae, loaders[0], args.epochs, defaults.lr, **options)
+            else:
+                optimizer = torch.optim.Adam(vae.parameters(), lr=lr, fused=True)
+                script.train_vae(vae, loaders[0], optimizer, args.epochs, **options)
             torch.manual_seed(seed)
             bce, kl = common.evaluate(vae, loaders[1])
-            table.add(name, seed, {"loss": bce + kl, "bce": bce, "kl": kl, "seconds": seconds})
+            table.add(name, seed, {"loss": bce + kl, "bce": bce, "kl": kl})
 
 
 # ---- The table
@@ -196,38 +173,25 @@ class Table:
         self.rows.append(row)
 
     def summary(self):
-        """{name: {column: (mean, standard deviation over the seeds)}} of the rows with these epochs."""
-        result, rows = {}, self.of_epochs()
-        for name in dict.fromkeys(row["row"] for row in rows):
-            of_name = [row for row in rows if row["row"] == name]
-            result[name] = {}
+        """Lines of text: mean and standard deviation of each row, and of its difference to the default's."""
+        rows, lines = {(row["row"], row["seed"]): row for row in self.of_epochs()}, []
+        for name in dict.fromkeys(name for name, _ in rows):
+            of_name = [row for row in rows.values() if row["row"] == name]
+            pairs = [(row, rows.get(("the default", row["seed"]))) for row in of_name]
+            lines.append(f"{name} ({len(of_name)} seeds)")
             for column in list(of_name[0])[3:]:
-                values = np.array([float(row[column]) for row in of_name])
-                result[name][column] = values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
-        return result
+                mean = spread([float(row[column]) for row in of_name])
+                change = spread(
+                    [float(row[column]) - float(default[column]) for row, default in pairs if default]
+                )
+                lines.append(f"    {column}: {mean}; minus the default: {change}")
+        return lines
 
 
-def plot_walk(rows, save_dir):
-    """Draw the Fréchet distance from row to row of the walk, a point for each seed."""
-    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    names = [name for name, _ in WALK if any(row["row"] == name for row in rows)]
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        points = [(names.index(row["row"]), float(row["frechet"])) for row in rows if row["seed"] == seed]
-        ax.plot(*zip(*sorted(points)), "o-", label=f"seed {seed}", alpha=0.7)
-    half_way_up = {"y": 0.5, "va": "center", "transform": ax.get_xaxis_transform()}
-    for x, name in enumerate(names):
-        if all(row["frechet"] == "nan" for row in rows if row["row"] == name):
-            ax.text(x, s="samples not finite", rotation=90, **half_way_up)
-    ax.set_yscale("log")
-    ax.set_xlim(-0.5, len(names) - 0.5)
-    ax.set_xticks(range(len(names)), names, rotation=25, ha="right")
-    ax.yaxis.set_minor_formatter("{x:.0f}")
-    ax.yaxis.set_major_formatter("{x:.0f}")
-    ax.set_ylabel("Fréchet distance")
-    ax.set_title("From the report's annex to the default DDPM")
-    ax.grid(axis="y", which="both", alpha=0.3)
-    ax.legend()
-    common.save_figure(fig, save_dir, "ablation.png")
+def spread(values):
+    """Mean ± standard deviation."""
+    sd = np.std(values, ddof=1) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.4g} ± {sd:.2g}" if values else "-"
 
 
 def main(argv=None):
@@ -237,7 +201,9 @@ def main(argv=None):
     add("what", choices=["ddpm", "dense", "conv"], help="what to measure")
     add("--epochs", type=int, help="of each training (default: 3 of the DDPM, 10 of the VAEs)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--rows", nargs="+", choices=list(ROWS), help="rows of the DDPM (default: all)")
     add("--num-samples", type=int, default=2000, help="samples of each DDPM (default: 2000)")
+    add("--select", action="store_true", help="train on 50,000 images, measure against the other 10,000")
     add("--limit", type=int, help="train on the first LIMIT images only")
     add("--device", default=device, help="a torch device")
     add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST (default: data)")
@@ -249,16 +215,19 @@ def main(argv=None):
         parser.error("--epochs and --num-samples take whole numbers >= 1")
     os.makedirs(args.save_dir, exist_ok=True)
     loaders = common.load_mnist(args.data_dir, device=args.device, limit=args.limit)
-    name = args.what if args.limit is None else f"{args.what}-limit{args.limit}"
+    if args.select:
+        images, labels = loaders[0].dataset.tensors
+        loaders = (
+            common.MNISTLoader(images[:N_TRAIN], labels[:N_TRAIN], 128, shuffle=True),
+            common.MNISTLoader(images[N_TRAIN:], labels[N_TRAIN:], 128, shuffle=False),
+        )
+    name = args.what + ("-select" if args.select else "") + (f"-limit{args.limit}" if args.limit else "")
     table = Table(os.path.join(args.save_dir, f"{name}.csv"), args.epochs)
     if args.what == "ddpm":
         ablate_ddpm(args, loaders, table)
-        plot_walk([row for row in table.of_epochs() if "float32" not in row["row"]], args.save_dir)
     else:
         ablate_vae(args, loaders, table, dense_vae if args.what == "dense" else conv_vae)
-    for name, columns in table.summary().items():
-        values = (f"{column} {mean:.4g} ± {sd:.2g}" for column, (mean, sd) in columns.items())
-        print(f"{name}: {', '.join(values)}")
+    print("\n".join(table.summary()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import time
 import torch
 import torch.nn.functional as F
 from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST
 from torchvision.transforms import ToTensor
@@ -78,11 +77,9 @@ def time_vae(args, way, script):
         report_train_vae(model, loader, optimizer, args.device)
         return time.perf_counter() - start
     loader, _ = common.load_mnist(args.data_dir, device=args.device)
-    optimizer = Adam(model.parameters(), lr=4e-3, betas=(0.9, 0.99), fused=True)
-    scheduler = OneCycleLR(optimizer, max_lr=4e-3, total_steps=len(loader))
     options = {"bf16": True} if way == "bf16" else {}
     start = time.perf_counter()
-    script.train_vae(model, loader, optimizer, 1, scheduler=scheduler, **options)
+    script.fit(model, loader, 1, 4e-3, **options)
     return time.perf_counter() - start
 
 
@@ -91,7 +88,9 @@ def time_ddpm(args, way):
     process = ddpm.build_ddpm(device=args.device)
     if way == "report":
         process.model = process.model.unet.to(memory_format=torch.contiguous_format)
-    optimizer = Adam(process.model.parameters(), lr=1e-3, fused=way != "report")
+    optimizer = Adam(process.model.parameters(), lr=1e-3)
+    if way != "report":
+        optimizer, _ = ddpm.build_optimizer(process, 1e-3, 100)
     train_step = report_train_step if way == "report" else ddpm.DDPM.train_step
     loader, _ = common.load_mnist(args.data_dir, device=args.device, limit=32 * 128)
     for i, (x, _) in enumerate(loader):

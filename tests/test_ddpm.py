@@ -163,21 +163,37 @@ def test_train_step_uses_its_own_gradients():
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("predict", ["v", "noise"])
-def test_train_epoch_learns(mnist, predict, bf16):
+def test_training_learns(mnist, predict, bf16):
     torch.manual_seed(0)
     process = ddpm.build_ddpm(predict=predict)
-    optimizer = torch.optim.Adam(process.model.parameters(), 2e-3)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     loader, _ = common.load_mnist(mnist, batch_size=10, limit=40)
+    optimizer, scheduler = ddpm.build_optimizer(process, 4e-3, 8 * len(loader))
 
     def held_out():
         torch.manual_seed(1)
         return ddpm.evaluate(process, loader)
 
     before = held_out()
-    losses = [ddpm.train_epoch(process, loader, optimizer, scheduler, bf16) for _ in range(6)]
-    assert held_out() < 0.7 * before and losses[5] < losses[0]
-    assert scheduler.last_epoch == 24
+    losses = [loss for _, loss, _ in ddpm.train_ddpm(process, loader, optimizer, 8, scheduler, bf16)]
+    assert held_out() < 0.75 * before and losses[7] < losses[0]
+    assert scheduler.last_epoch == 32
+
+
+def test_gradients_are_clipped():
+    """The optimizer sees no gradient longer than 1, and train_step itself clips nothing."""
+    process = ddpm.build_ddpm()
+    optimizer, _ = ddpm.build_optimizer(process, 1e-3, 10)
+    parameters = list(process.model.parameters())
+
+    def length(scale):
+        for p in parameters:
+            p.grad = torch.full_like(p, scale)
+        optimizer.step()
+        return torch.cat([p.grad.flatten() for p in parameters]).norm().item()
+
+    assert abs(length(1.0) - 1) < 0.01 and length(1e-6) < 0.01
+    process.train_step(100 * torch.randn(4, 1, 28, 28), torch.optim.SGD(parameters, 0.0))
+    assert torch.cat([p.grad.flatten() for p in parameters]).norm() > 1.5
 
 
 def test_time_steps_are_distinct(monkeypatch):

@@ -3,14 +3,16 @@
 import compare
 import numpy as np
 import pytest
+import rulers
 import torch
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, random_split
 
 import beta_study
 import common
 import conv_vae
+import ddpm
 import dense_vae
 from test_shapes import count, write_mnist
 
@@ -102,6 +104,41 @@ def test_loader(tmp_path):
     assert (len(limited.dataset), len(whole_test.dataset)) == (20, 50)
 
 
+def test_images_in_other_ranges(tmp_path):
+    write_mnist(tmp_path)
+    loader, _ = common.load_mnist(tmp_path)
+    images, labels = loader.dataset.tensors
+    with pytest.raises(TypeError, match="uint8"):  # they would be divided by 255 twice
+        common.MNISTLoader(images / 255, labels, 128, shuffle=True)
+    part, _ = random_split(loader.dataset, [10, 90])
+    x, y = next(iter(DataLoader(part, batch_size=10)))
+    index = torch.tensor(part.indices)
+    torch.testing.assert_close(x, images[index] / 255, atol=0, rtol=0)
+    assert torch.equal(y, labels[index])
+    for wrong in (images.float(), labels), (images / 127.5 - 1, labels):
+        with pytest.raises(ValueError, match="must be in"):
+            next(ddpm.train_ddpm(ddpm.build_ddpm(), [wrong], None))
+
+
+def test_checksum_sees_order_and_orientation():
+    images = torch.arange(2 * 28 * 28).to(torch.uint8).view(2, 1, 28, 28)
+    others = [images, images.flip(0), images.flip(3), images.transpose(2, 3)]
+    assert len(set(map(common.checksum, others))) == 4
+
+
+def test_listings_are_called_whole():
+    """A hook on a part of the listing fires; other numbers of channels are refused."""
+    calls = []
+    for channels in (2, 3), (2, 3, 4):
+        vae = conv_vae.build_vae(2, channels)
+        for part in vae.encoder.conv_layers, vae.decoder.deconv_layers:
+            part.register_forward_hook(lambda *_: calls.append(1))
+        vae(torch.rand(2, 1, 28, 28))
+    assert len(calls) == 4
+    with pytest.raises(ValueError, match="two or three channels"):
+        conv_vae.build_vae(10, (16, 32, 64, 128))
+
+
 @pytest.mark.parametrize("d", [1, 3])
 def test_figures_with_a_plain_dataloader(mnist, tmp_path, d):
     test = common.load_mnist(mnist)[1].dataset.tensors
@@ -156,8 +193,8 @@ def test_frechet_distance_of_gaussians():
     torch.manual_seed(0)
     a = torch.randn(200_000, 3) * torch.tensor([1.0, 2.0, 0.5]) + torch.tensor([0.0, 1.0, 0.0])
     b = torch.randn(200_000, 3) * torch.tensor([2.0, 2.0, 1.0])
-    assert abs(compare.frechet(a, b) - (1.0 + 1.0 + 0.25)) < 0.05  # |m_a - m_b|^2 + sum of (s_a - s_b)^2
-    assert abs(compare.frechet(a, a)) < 1e-6
+    assert abs(rulers.frechet(a, b) - (1.0 + 1.0 + 0.25)) < 0.05  # |m_a - m_b|^2 + sum of (s_a - s_b)^2
+    assert abs(rulers.frechet(a, a)) < 1e-6
 
 
 def test_precision_and_recall_of_squares():
