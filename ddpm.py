@@ -421,8 +421,7 @@ def build_unet(device="cpu", he=True):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(model.final_conv.weight)  # at first it predicts 0, not something random
-    # channels_last, a memory layout: a step is 19% faster. On mps, some versions of torch get its gradients
-    # wrong.
+    # channels_last, a memory layout: a step is 19% faster. On mps, torch may get its gradients wrong.
     if torch.device(device).type in ("cpu", "cuda"):
         model = model.to(memory_format=torch.channels_last)
     return model.to(device)
