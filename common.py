@@ -38,7 +38,7 @@ FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("im
 
 
 class Digits(TensorDataset):
-    """Images, (n, 1, 28, 28) uint8, and labels, (n,) int64. dataset[i] is a pair, the image in [0, 1]."""
+    """Images, (n, 1, 28, 28) uint8, and labels, (n,). For a DataLoader, dataset[i] has pixels in [0, 1]."""
 
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
@@ -113,14 +113,16 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
     x_recon, x: (B, 1, 28, 28), both in [0, 1]: otherwise BCE raises an error ("all elements of target should
     be between 0 and 1"), for instance after transforms.Normalize. mu, logvar: (B, d).
 
-    With the prior p(z) = N(0, I) and q(z|x) = N(mu, exp(logvar)), as log is concave (Jensen's inequality):
+    With the prior p(z) = N(0, I), the encoder's q(z|x) = N(mu, exp(logvar)) and the decoder's p(x|z), as log
+    is concave (Jensen's inequality):
 
         log p(x) = log E_q[p(x|z) p(z) / q(z|x)]
                 >= E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)]
                  = E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
-    -BCE is log p(x|z) for one z, if x_recon are the probabilities of white pixels. So the loss bounds
-    -log p(x) from above: its nats are a bound, not the likelihood. KL for one dimension, s = exp(logvar / 2):
+    -BCE is log p(x|z) at the z that was drawn, for pixels that are 0 or 1 and independent given z. So, with
+    beta = 1 and on average over z, the loss is an upper bound of -log p(x): its nats (log is the natural
+    logarithm) are a bound, not the likelihood. KL for one dimension, with s = exp(logvar / 2):
 
         log q(z|x) - log p(z) = -log s - (z - mu)^2 / (2 s^2) + z^2 / 2
         E_q[(z - mu)^2] = s^2,  E_q[z^2] = mu^2 + s^2
@@ -164,7 +166,7 @@ def evaluate(vae, data_loader):
 
 
 def images_figure(images, n_rows, n_cols, figsize, title):
-    """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1], row by row."""
+    """A figure of the first n_rows * n_cols images, (n, 1, H, W) in [0, 1]: the loop of the listings."""
     fig, axes = plt.subplots(n_rows, n_cols, figsize=figsize, squeeze=False, layout="constrained")
     for ax, image in zip(axes.flat, images):
         # The listing sets no limits, and so stretches the contrast of each image.
@@ -175,7 +177,7 @@ def images_figure(images, n_rows, n_cols, figsize, title):
 
 
 def save_figure(fig, save_dir, file_name):
-    """Save the figure, close it, and print where it is."""
+    """Save the figure, close it, and print where it is: the end of the listings."""
     os.makedirs(save_dir, exist_ok=True)
     save_path = os.path.join(save_dir, file_name)
     fig.savefig(save_path, bbox_inches="tight")
@@ -195,10 +197,7 @@ def generate_samples(vae, latent_dim=2, n_samples=25, device="cpu"):
 
 
 def plot_generated_images(images, latent_dim, n_rows=5, n_cols=5, save_dir="results", file_name=None):
-    """Draw the first n_rows * n_cols images, (n, 1, 28, 28) in [0, 1] (report, §2.5.2).
-
-    The loop of the listing is in images_figure, its end in save_figure: other figures share them.
-    """
+    """Draw the first n_rows * n_cols images, (n, 1, 28, 28) in [0, 1] (report, §2.5.2)."""
     title = f"Images générées par le VAE (latent_dim={latent_dim})"
     fig = images_figure(images, n_rows, n_cols, (6, 6), title)
     save_figure(fig, save_dir, file_name or f"images_gen_latent{latent_dim}.png")
@@ -216,7 +215,8 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
     all_mu, all_labels = [], []
     with torch.no_grad():
         for x, y in data_loader:
-            mu, _ = vae.encode(x.to(device))
+            x = x.to(device)
+            mu, logvar = vae.encode(x)
             all_mu.append(mu.cpu().numpy())
             all_labels.append(y.cpu().numpy())  # here the labels may be on the GPU, too
     all_mu = np.concatenate(all_mu)

@@ -55,7 +55,10 @@ class ConvEncoder(nn.Module):
 
 
 class Sigmoid(nn.Sigmoid):
-    """The sigmoid in float32, even where the layers compute in bfloat16, which is too coarse near 1."""
+    """The sigmoid in float32, even where the layers compute in bfloat16.
+
+    There the largest number below 1 is 0.996: a pixel that is rounded to 1 costs 100 nats if it is black.
+    """
 
     def forward(self, x):
         return super().forward(x.float())
@@ -124,15 +127,16 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     device = next(model.parameters()).device  # global in the listing
     losses = []
     for epoch in range(num_epochs):
-        model.train()  # in each epoch, as drawing samples between two of them needs eval()
+        model.train()  # in each epoch, as samples drawn between two of them leave it in eval mode
         train_loss = torch.zeros((), device=device)
         for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_recon, mu, logvar = model(x)
-            # BCE raises an error at a NaN; on a GPU, later operations then fail, too. nan_to_num avoids it;
-            # the gradients still make the encoder NaN, and so the next KL term. float(): a loss in float32.
+            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. Its
+            # gradient is 0 there, but 0 * NaN = NaN in the layers before it: so the next KL term is NaN.
+            # float(): a loss in float32.
             loss = vae_loss(x_recon.nan_to_num(), x, mu.float(), logvar.float(), beta)
             loss.backward()
             optimizer.step()
@@ -150,11 +154,12 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
 def fit(model, dataloader, num_epochs, lr, beta=1.0, bf16=False):
     """Train with Adam and a one-cycle learning rate; returns the average loss of each epoch.
 
-    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, then falls to almost 0.
-    Held-out loss with it 98.75 nats, with Adam at 1e-3 102.25; with beta2 = 0.99, not 0.999, 98.57 (three
-    seeds, benchmarks/README.md). bf16: see train_vae. Raises FloatingPointError if the training diverges.
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, by default 6e-3, then
+    falls to almost 0. Held-out loss with it 98.75 nats, with Adam at 1e-3 102.25; with beta2 = 0.99, not
+    0.999, 98.57 (three seeds, benchmarks/README.md). bf16: see train_vae. Raises FloatingPointError if the
+    training diverges.
     """
-    # The one-cycle policy moves beta1, 0.9, from 0.95 to 0.85 and back. fused: all weights in one operation.
+    # OneCycleLR replaces beta1: 0.95, down to 0.85, and back. fused: all weights in one operation.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     total_steps = num_epochs * len(dataloader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps)
@@ -175,7 +180,7 @@ class TwoLayerEncoder(ConvEncoder):
     """ConvEncoder without its third convolution (report, §3.3). channels: those of the two layers."""
 
     def __init__(self, latent_dim=20, channels=(32, 64)):
-        super().__init__(latent_dim, (*channels, channels[1]))
+        super().__init__(latent_dim, (*channels, 1))
         self.conv_layers = self.conv_layers[:4]  # (64, 7, 7)
         self.fc_mu = nn.Linear(channels[1] * 7 * 7, latent_dim)
         self.fc_logvar = nn.Linear(channels[1] * 7 * 7, latent_dim)
@@ -185,7 +190,7 @@ class TwoLayerDecoder(ConvDecoder):
     """ConvDecoder without its first transposed convolution (report, §3.3)."""
 
     def __init__(self, latent_dim=20, channels=(32, 64)):
-        super().__init__(latent_dim, (*channels, channels[1]))
+        super().__init__(latent_dim, (*channels, 1))
         self.fc = nn.Linear(latent_dim, channels[1] * 7 * 7)
         self.deconv_layers = self.deconv_layers[2:]
 

@@ -2,7 +2,7 @@
 
     python ddpm.py             train, draw the report's figure 4
     python ddpm.py --resume    go on after an interruption
-    python ddpm.py --annex     the report's own DDPM: the annex, and no more than the zero_grad that it lacks
+    python ddpm.py --annex     the report's own DDPM: the annex with the zero_grad that it lacks
 
 Diffusion mixes a clean image, always called x_0, with more and more Gaussian noise. After step t, from 0 to
 999, it is
@@ -13,16 +13,16 @@ where alpha_bar_t falls from almost 1 (an image with a little noise) to almost 0
 sees x_t and t, and learns to predict the noise. Solved for x_0, the same formula then estimates the image.
 
 Why many steps? Many images and noises fit one noisy x_t. Under the mean squared error, the best prediction is
-the mean of all these noises, so the x_0 that it implies is E[x_0 | x_t], a mean of images: blurred. A jump
-there would end in a blurred image. A small step is right all the same: see reverse_process. And fewer images
-fit the less noisy x_{t-1}. So sampling starts from pure noise; each step, from t = 999 down to 0, takes a
-little of the predicted noise away. It also adds a little new noise, as x_{t-1} is drawn at random, not set to
-its mean; but none at t = 0.
+the mean of all these noises, so the x_0 that it implies is E[x_0 | x_t], a mean of images: if we jumped
+straight to it, the image would be blurred. A small step in its direction is right (reverse_process shows
+why), and fewer images fit the less noisy x_{t-1}. So sampling starts from pure noise; each step, from t = 999
+down to 0, takes a little of the predicted noise away. It also adds a little new noise, as x_{t-1} is drawn at
+random, not set to its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
-What a part is worth is given as the Fréchet distance of samples to the test digits, smaller is better, with
-and without the part: mean ± standard deviation over three seeds, after 12 epochs of commit 0b97490
-(benchmarks/README.md). What is said to be after three epochs is of an earlier version, commit ae90fed.
+What a part is worth is given as the Fréchet distance of samples to the test digits, by a classifier's
+features: 0 if they agree, with and without the part. Mean ± standard deviation over three seeds, 12 epochs,
+10,000 samples, commit 0b97490 (benchmarks/README.md); after three epochs: commit ae90fed.
 Needs common.py beside it. All the options: --help.
 """
 
@@ -145,17 +145,18 @@ class SimpleMNistUNet(nn.Module):
 class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. At t = 0 the image
-    still has a little noise, and reverse_process at t = 0 returns the clean image x_0. Images are (B, 1, H,
-    W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000 need other betas (build_ddpm).
+    Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. The clean image x_0
+    stands before step 0: at t = 0, read x_0 for x_{t-1}, and 1 for alpha_bar_{t-1}. reverse_process at t = 0
+    returns it. Images are (B, 1, H, W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000
+    need other betas (build_ddpm).
 
-    Step t adds noise; all the steps up to t together are forward_process, where alpha_t = 1 - beta_t,
-    alpha_bar_t = alpha_0 ... alpha_t, and alpha_bar_{-1} = 1. By induction, inserting x_{t-1} in the step:
+    Step t adds noise of variance beta_t = 1 - alpha_t, and shrinks the image so that a variance of 1 stays 1.
+    forward_process does all the steps up to t at once, with alpha_bar_t = alpha_0 ... alpha_t. By induction:
 
-        x_t     = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise
-        x_{t-1} = sqrt(alpha_bar_{t-1}) x_0 + sqrt(1 - alpha_bar_{t-1}) noise'
-        x_t     = sqrt(alpha_t alpha_bar_{t-1}) x_0 + a Gaussian noise of the variance
-                  alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t,
+        step:    x_t     = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise
+        suppose: x_{t-1} = sqrt(alpha_bar_{t-1}) x_0 + sqrt(1 - alpha_bar_{t-1}) noise'
+        then:    x_t     = sqrt(alpha_t alpha_bar_{t-1}) x_0 + a Gaussian noise of variance
+                           alpha_t (1 - alpha_bar_{t-1}) + 1 - alpha_t = 1 - alpha_bar_t,
 
     as the variances of independent noises add, and alpha_t alpha_bar_{t-1} = alpha_bar_t.
     """
@@ -191,23 +192,28 @@ class DDPM:
         For t = 0, returns the clean image x_0. x: x_t, (B, 1, H, W), not limited to [-1, 1]; t: (B,), from 0
         to timesteps - 1.
 
-        With x_0 known, x_{t-1} is Gaussian, with a mean that is linear in x_0 (sample_posterior, s = t - 1):
-        the mean over all x_0 that fit x_t is the one at E[x_0 | x_t], which the network estimates. And for a
-        small beta_t, x_{t-1} given x_t alone is nearly Gaussian, too. So a *small* step may draw it from a
-        Gaussian around this mean. With the x_0 that the noise implies (eq. 7, 11):
+        With x_0 known, x_{t-1} is Gaussian (sample_posterior, s = t - 1), with
 
-            x_0  = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
             mean = (sqrt(alpha_bar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) x_t)
                    / (1 - alpha_bar_t)
+            variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 
-        As alpha_bar_t = alpha_t alpha_bar_{t-1} and beta_t + alpha_t = 1, the factors in it are
+        (Ho et al., eq. 7). The mean is linear in x_0: averaged over all x_0 that fit x_t, it is the same with
+        E[x_0 | x_t] for x_0, which the network estimates. And for a small beta_t, x_{t-1} given x_t alone is
+        nearly Gaussian, too: by Bayes' rule its density is a narrow Gaussian, that of the step, times the
+        density of x_{t-1}, whose logarithm is nearly linear over so small a width. So a *small* step may draw
+        x_{t-1} from a Gaussian around this mean. Insert the x_0 that the noise implies:
+
+            x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
+
+        As alpha_bar_t = alpha_t alpha_bar_{t-1} and beta_t + alpha_t = 1, the mean (eq. 11) has the factors
 
             of x_t:    (beta_t + alpha_t - alpha_bar_t) / (sqrt(alpha_t) (1 - alpha_bar_t))
                        = 1 / sqrt(alpha_t)
             of -noise: beta_t / (sqrt(alpha_t) sqrt(1 - alpha_bar_t))
 
-        With x_0 known, the variance is smaller than beta_t, by 55% at t = 1, 8% at t = 20, 0.8% at t = 200:
-        both are possible choices (section 3.2).
+        The variance above is smaller than beta_t, by 55% at t = 1, 8% at t = 20, 0.8% at t = 200: Ho et al.
+        (section 3.2) allow both.
         """
         t = torch.clamp(t, 0, self.timesteps - 1)
         pred_noise = self.model(x, t)
@@ -272,12 +278,12 @@ class NoiseFromV(nn.Module):
         noise = sqrt(1 - a) x_t + sqrt(a) v      the x_0 cancel, and (1 - a + a) noise remains
         x_0   = sqrt(a) x_t - sqrt(1 - a) v      the noises cancel, and (a + 1 - a) x_0 remains
 
-    The loss is still the report's, on the noise. An error e of v is there an error sqrt(a) e, and its square
-    has the factor a: 0.08 at t = 500, 4e-5 at t = 999. So at a large t the loss hardly sees v; but there the
-    noise is almost all of x_t, and needs no learning. What is gained is the estimate of x_0. A network that
-    predicts the noise itself, with an error e, has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999.
-    With v it is sqrt(1 - a) e, never magnified, and even v = 0 gives a grey image there, sqrt(a) x_t.
-    After three epochs: Fréchet distance with v 46 ± 4, without it 99 ± 83.
+    The loss is still the report's, on the noise, and what is gained is the estimate of x_0. A network that
+    predicts the noise with an error e has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999. If it
+    predicts v with an error e, this is sqrt(1 - a) e, never magnified: even v = 0 gives a grey image there,
+    sqrt(a) x_t. In the noise it is an error sqrt(a) e, which the loss squares: it weighs e^2 by a, 0.08 at
+    t = 500 and 4e-5 at t = 999. So v is hardly learnt at a large t, where it matters least: the noise is
+    almost all of x_t. After three epochs: Fréchet distance with v 46 ± 4, without it 99 ± 83.
 
     alpha_bars: those of the DDPM, (timesteps,).
     """
@@ -306,34 +312,36 @@ def estimate_x0(model, x, t, bar_t):
     return (x - math.sqrt(1 - bar_t) * noise) / math.sqrt(bar_t)
 
 
-def midpoint(x0, x0_last, snr_last, snr_t, snr_s):
+def midpoint(x0, x0_last, log_snr_last, log_snr_t, log_snr_s):
     """The estimate of x_0 half way from t to s, from those at t and at the time before, x0 and x0_last.
 
-    snr: log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise ratio, at these times. In it,
-    the exact mean of a step is an integral of the estimates on the way, with a known weight, and they change
-    smoothly: so the value in the middle stands for them all. It lies on the line through the two estimates:
+    Cut the step from t to s into many small ones: x_s is then a weighted sum of x_t, of the estimates of x_0
+    on the way, and of noise. One step puts a single estimate in the place of all: better the one half way.
+    "Half way" is meant in log_snr = log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise
+    ratio, in which the estimates change smoothly. Extrapolated from the last two, it is
 
-        x0 + (x0 - x0_last) / (snr_t - snr_last) * (snr_s - snr_t) / 2
+        x0 + (x0 - x0_last) / (log_snr_t - log_snr_last) * (log_snr_s - log_snr_t) / 2
 
-    (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095). Fréchet distance of 5,000
-    samples with it 12.7 ± 1.6, without it 18.7 ± 0.9.
+    (SDE-DPM-Solver++(2M), Lu et al., 2022, "DPM-Solver++", arXiv:2211.01095). Fréchet distance with it
+    12.7 ± 1.6, without it 18.7 ± 0.9 (5,000 samples, which makes it larger).
     """
-    ratio = (snr_s - snr_t) / (snr_t - snr_last)
+    ratio = (log_snr_s - log_snr_t) / (log_snr_t - log_snr_last)
     return x0 + ratio / 2 * (x0 - x0_last)
 
 
 def guided(target, x0, x0_guide, guidance):
     """`target`, pushed away from the estimate of a guiding model, the same network after less training.
 
-    Both err in much the same directions, and the guiding model more; so x0 - x0_guide points away from the
-    error of both. Without the midpoint, target = x0, this extrapolates, and guidance = 1 means no guidance:
+    Both networks err in much the same directions, and the guiding model more: so x0 - x0_guide points away
+    from the error of both. Without the midpoint, where target = x0, the result extrapolates:
 
         x0 + (guidance - 1) (x0 - x0_guide) = x0_guide + guidance (x0 - x0_guide)
 
     (autoguidance, Karras et al., 2024, arXiv:2406.02507). Fréchet distance with it 11.6 ± 1.2, without it
     20.8 ± 2.0. sample_fast does it where a digit takes shape, at 0.2 <= t / timesteps < 0.6 (an interval, as
-    Kynkäänniemi et al., 2024, arXiv:2404.07724): on 5,000 samples 12.7 ± 1.6, at all t 24.8 ± 2.6. They found
-    that guidance costs variety at a large t, and changes little at a small one; here this was not measured.
+    Kynkäänniemi et al., 2024, arXiv:2404.07724): 12.7 ± 1.6, and 24.8 ± 2.6 at all t (5,000 samples). They
+    found that guidance costs variety at a large t, and changes little at a small one; here this was not
+    measured.
     """
     return target + (guidance - 1) * (x0 - x0_guide)
 
@@ -341,21 +349,22 @@ def guided(target, x0, x0_guide, guidance):
 def sample_posterior(x, x0, bar_t, bar_s):
     """Draw x_s ~ q(x_s | x_t, x_0) for a time s < t; x: x_t; bar_t, bar_s: alpha_bar at t and at s.
 
-    With alpha = bar_t / bar_s, the product of the alphas from s + 1 to t, two things are known of x_s:
+    alpha = bar_t / bar_s is the product of the alphas from s + 1 to t. Given x_0,
 
-        x_s = sqrt(bar_s) x_0 + sqrt(1 - bar_s) noise
+        x_s = sqrt(bar_s) x_0 + sqrt(1 - bar_s) noise        N(sqrt(bar_s) x_0, 1 - bar_s)
         x_t = sqrt(alpha) x_s + sqrt(1 - alpha) noise'
 
-    So it is sqrt(bar_s) x_0 up to a variance of 1 - bar_s, and x_t / sqrt(alpha) up to one of
-    (1 - alpha) / alpha. By Bayes' rule its precision, 1 / variance, is the sum of both, and its mean is the
-    average of the two, weighted by their precisions (Ho et al., eq. 6 and 7, which hold for any s < t):
+    As a function of x_s, the density of this x_t is a Gaussian around x_t / sqrt(alpha), of the variance
+    (1 - alpha) / alpha. By Bayes' rule the density of x_s is the product of both Gaussians: the precisions,
+    1 / variance, add up, and the mean is the average of the two means, weighted by them:
 
         precision = 1 / (1 - bar_s) + alpha / (1 - alpha)
                   = (1 - alpha + alpha - alpha bar_s) / ((1 - bar_s) (1 - alpha))
-                  = (1 - bar_t) / ((1 - bar_s) (1 - alpha))
+                  = (1 - bar_t) / ((1 - bar_s) (1 - alpha))                     as alpha bar_s = bar_t
         mean      = (sqrt(bar_s) x_0 / (1 - bar_s) + sqrt(alpha) x_t / (1 - alpha)) / precision
 
-    bar_s = 1 is the clean image: the variance is 0, and the mean is x0.
+    The code multiplies this out (Ho et al., eq. 6 and 7, which hold for any s < t). bar_s = 1 is the clean
+    image: the variance is 0, and the mean is x0.
     """
     alpha = bar_t / bar_s
     mean = (math.sqrt(bar_s) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)
@@ -368,9 +377,9 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     """Generate images in few steps; returns the list of all x_t, (n, 1, H, W), the last one x_0.
 
     to_pixels turns them into pixels in [0, 1]. Each step estimates x_0, goes on to the estimate in the middle
-    of the step, adds guidance, and draws x_s, over many time steps at once. With as many steps as there are
-    time steps and without the two `if`s, it is the annex's sampler, but for the variance (see
-    reverse_process). guide: the guiding model, or None; guidance: its weight.
+    of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. With as
+    many steps as there are time steps and without the two `if`s, it is the annex's sampler, but for the
+    variance (see reverse_process). guide: the guiding model, or None; guidance: its weight, 1 for none.
     """
     process.model.eval()
     if guide is not None:
@@ -378,17 +387,17 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     steps = min(steps, process.timesteps)
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
     # From timesteps - 1 to 0, closer near 0, where x_0 gets its details. The first term alone falls by 1 from
-    # one u to the next, so no two times are equal. With u**3, 30 steps have the same distance as these 20.
+    # one u to the next, so no two times are equal.
     times = ((steps - 1) * u + (process.timesteps - steps) * u**2).round().long().tolist()
     bars = [*process.alpha_bars[times].tolist(), 1.0]  # x_0 has no noise
-    snr = [math.log(bar / (1 - bar)) for bar in bars[:-1]]
+    log_snr = [math.log(bar / (1 - bar)) for bar in bars[:-1]]
     x, x0_last = torch.randn(num_samples, 1, *image_size, device=process.device), None
     xs = [x]
     for i, t in enumerate(tqdm(times, desc="Génération", leave=False)):
         x0 = estimate_x0(process.model, x, t, bars[i])
         target = x0
         if 0 < i < steps - 1:  # the first step has no previous estimate, the final one ends at infinite SNR
-            target = midpoint(x0, x0_last, *snr[i - 1 : i + 2])
+            target = midpoint(x0, x0_last, log_snr[i - 1], log_snr[i], log_snr[i + 1])
         if guide is not None and guidance != 1 and 0.2 <= t / process.timesteps < 0.6:
             target = guided(target, x0, estimate_x0(guide, x, t, bars[i]), guidance)
         x0_last = x0
@@ -403,16 +412,18 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
 def build_unet(device="cpu", he=True):
     """The annex's U-Net; he: with initial weights under which the signal shrinks less, and biases of 0.
 
-    It has no normalisation layers against that. An output is a sum over fan_in inputs x_i; with independent
-    weights w_i of mean 0, and before ReLU or after it:
+    It has no normalisation layers against that. An output y = w_1 x_1 + ... is a sum over fan_in inputs. With
+    independent weights of mean 0, the cross terms vanish; and as a weight is as likely as its negative, so is
+    an output, of which ReLU keeps half:
 
-        E[(sum_i w_i x_i)^2] = fan_in Var(w) E[x^2]
-        E[relu(y)^2] = E[y^2] / 2                         as y is symmetric about 0
+        E[y^2] = fan_in Var(w) E[x^2]
+        E[relu(y)^2] = E[y^2] / 2
 
-    so Var(w) = 2 / fan_in keeps the mean square (He et al., 2015, arXiv:1502.01852). With SiLU, a layer then
-    keeps 0.5 to 0.8 of the mean square of an input, if that is below 1; with PyTorch's 1 / (3 fan_in), about
-    a tenth: without He's weights and without clipping, one training of two failed (a Fréchet distance of 729,
-    the other 20). The transposed convolutions keep PyTorch's weights, as others gained nothing.
+    So Var(w) = 2 / fan_in keeps the mean square (He et al., 2015, arXiv:1502.01852). With SiLU, computed
+    numerically, a layer then keeps 0.5 to 0.8 of the mean square of an input, if that is below 1; with
+    PyTorch's 1 / (3 fan_in), about a tenth. Without He's weights and without clipping, one training of two
+    failed (a Fréchet distance of 729, the other 20). The transposed convolutions keep PyTorch's weights, as
+    others gained nothing.
     """
     model = SimpleMNistUNet()
     if he:
@@ -476,13 +487,17 @@ def train_epoch(process, dataloader, optimizer, scheduler=None, bf16=False):
 def train_ddpm(
     process, dataloader, optimizer, num_epochs=12, scheduler=None, bf16=False, seed=0, done=0, guide=None
 ):
-    """Train on a loader of images in [0, 1]; a generator, which yields (epoch, loss, guide) after each epoch.
+    """Train on a loader of images in [0, 1]; a generator, which yields (epoch, loss, guide) after each epoch:
 
-    epoch: its number, from 1; loss: its average loss; guide: the guiding model for sample_fast, a copy of the
-    network after a twelfth of the epochs, None before it and if there is a single epoch. scheduler, bf16: see
-    train_epoch. Each pair of seed and epoch has its own random numbers: to go on with a training, give the
-    number of epochs that are `done`, and its guide. Raises ValueError if the images are not in [0, 1],
-    FloatingPointError if the training diverges.
+        optimizer, scheduler = build_optimizer(process, 3e-3, 12 * len(dataloader))
+        for epoch, loss, guide in train_ddpm(process, dataloader, optimizer, 12, scheduler):
+            print(epoch, loss)  # or draw samples: to_pixels(sample_fast(process, guide=guide)[-1])
+
+    epoch: its number, from 1; loss: its average loss; guide: the guiding model, a copy of the network after a
+    twelfth of the epochs, None before it and if there is a single epoch. bf16: see train_epoch. Each pair of
+    seed and epoch has random numbers of its own (torch's global seed is set): to go on with a training, give
+    the number of epochs that are `done`, and its guide. Raises ValueError if the first images are not in
+    [0, 1], FloatingPointError if the training diverges.
     """
     x, _ = next(iter(dataloader))
     if not (0 <= x.min() and x.max() <= 1):
@@ -492,7 +507,7 @@ def train_ddpm(
         loss = train_epoch(process, dataloader, optimizer, scheduler, bf16)
         if not math.isfinite(loss) or not all(p.isfinite().all() for p in process.model.parameters()):
             raise FloatingPointError(f"diverged in epoch {epoch}, loss {loss}: try a smaller --lr")
-        if epoch == max(1, round(num_epochs / 12)) < num_epochs:
+        if num_epochs > 1 and epoch == max(1, round(num_epochs / 12)):
             guide = copy.deepcopy(process.model)
         yield epoch, loss, guide
 
@@ -725,11 +740,15 @@ def main(argv=None):
         common.plot_losses(process.losses, args.save_dir)
         x, _ = next(iter(test_loader))
         plot_noising(process, 2.0 * x[:1].to(process.device) - 1.0, args.save_dir)
-        plot_denoising(sample_fast(process, 6, steps, guide, args.guidance), args.save_dir)
         if fast:
+            plot_denoising(sample_fast(process, 6, steps, guide, args.guidance), args.save_dir)
             images = to_pixels(sample_fast(process, 64, steps, guide, args.guidance)[-1])
         else:
+            xs = []  # the x_t of six images, as the network gets them
+            hook = process.model.register_forward_pre_hook(lambda _, inputs: xs.append(inputs[0][:6]))
             images = process.sample(64)
+            hook.remove()
+            plot_denoising([*xs, 2.0 * images[:6] - 1.0], args.save_dir)
         title = "Exemples de chiffres MNIST générés par le modèle DDPM"
         common.save_figure(common.images_figure(images, 8, 8, (8, 8), title), args.save_dir, "samples.png")
 

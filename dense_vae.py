@@ -104,14 +104,14 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
     device = next(model.parameters()).device  # global in the listing
     losses = []
     for epoch in range(num_epochs):
-        model.train()  # in each epoch, as drawing samples between two of them needs eval()
+        model.train()  # in each epoch, as samples drawn between two of them leave it in eval mode
         train_loss = torch.zeros((), device=device)
         for x, _ in tqdm(dataloader, desc=f"Epoch {epoch + 1}", leave=False):
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            # BCE raises an error at a NaN; on a GPU, later operations then fail, too. nan_to_num avoids it;
-            # the gradients still make the encoder NaN, and so the next KL term.
+            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. Its
+            # gradient is 0 there, but 0 * NaN = NaN in the layers before it: so the next KL term is NaN.
             loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
@@ -129,11 +129,11 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
 def fit(model, dataloader, num_epochs, lr, beta=1.0):
     """Train with Adam and a one-cycle learning rate; returns the average loss of each epoch.
 
-    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, then falls to almost 0.
-    Held-out loss with it 114.4 nats, with Adam at 1e-3 118.0; with beta2 = 0.99, not 0.999, 114.0 (five
-    seeds, benchmarks/README.md). Raises FloatingPointError if the training diverges.
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, by default 4e-3, then
+    falls to almost 0. Held-out loss with it 114.4 nats, with Adam at 1e-3 118.0; with beta2 = 0.99, not
+    0.999, 114.0 (five seeds, benchmarks/README.md). Raises FloatingPointError if the training diverges.
     """
-    # The one-cycle policy moves beta1, 0.9, from 0.95 to 0.85 and back. fused: all weights in one operation.
+    # OneCycleLR replaces beta1: 0.95, down to 0.85, and back. fused: all weights in one operation.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     total_steps = num_epochs * len(dataloader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=total_steps)
