@@ -177,7 +177,7 @@ RUN = "device", "data_dir", "save_dir", "load", "sweep"  # the options that chan
 
 
 class TwoLayerEncoder(ConvEncoder):
-    """ConvEncoder without its third convolution (report, §3.3). channels: those of the two layers."""
+    """ConvEncoder without its third convolution, which is cut off (report, §3.3). channels: of two layers."""
 
     def __init__(self, latent_dim=20, channels=(32, 64)):
         super().__init__(latent_dim, (*channels, 1))
