@@ -1,5 +1,7 @@
 """The mathematics of the VAEs, of their data and of the measures."""
 
+import os
+
 import compare
 import numpy as np
 import pytest
@@ -187,6 +189,36 @@ def test_remote_samples():
     prior = torch.cat([torch.rand(300, 2) - 0.5, torch.tensor([[9.0, 0.0]]), torch.rand(100, 2) + 3])
     share, remote = beta_study.remote_samples(prior, *square)
     assert abs(share - 101 / 401) < 0.03 and torch.equal(remote[0], prior[300])
+
+
+def test_the_classifier_gives_the_features_that_it_gave(tmp_path):
+    """The first ruler is the same on every machine, up to rounding."""
+    images, _ = write_mnist(tmp_path)
+    x = torch.from_numpy(images[:4]).view(4, 1, 28, 28) / 255
+    features, probabilities = rulers.classify(rulers.load_classifier("cpu"), x)
+    expected = torch.tensor([34.2402, 34.5644, 42.1175, 42.7055])
+    torch.testing.assert_close(features.norm(dim=1), expected, atol=0, rtol=1e-3)
+    assert probabilities.argmax(1).tolist() == [0, 1, 2, 3]
+    assert os.path.getsize(rulers.CLASSIFIER) < 500_000
+
+
+def test_principal_components():
+    """Pixels that vary along one direction: it is the last of 64 orthogonal ones."""
+    torch.manual_seed(0)
+    direction = torch.nn.functional.normalize(torch.randn(784), dim=0)
+    images = torch.randn(500, 1) * direction + 1e-3 * torch.randn(500, 784)
+    components = rulers.principal_components(images.view(500, 1, 28, 28))
+    torch.testing.assert_close(components.T @ components, torch.eye(64), atol=1e-4, rtol=0)
+    assert abs(components[:, -1] @ direction) > 0.999
+
+
+def test_the_nearest_images_show_a_copy():
+    """A model that copies two images of a hundred: its 1% quantile is 0, not that of the others."""
+    torch.manual_seed(0)
+    train, images = torch.rand(200, 1, 28, 28), torch.rand(100, 1, 28, 28)
+    assert compare.nearest_training_image(images, train) > 5
+    images[:2] = train[:2]
+    assert compare.nearest_training_image(images, train) < 0.1
 
 
 def test_frechet_distance_of_gaussians():
