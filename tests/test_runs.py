@@ -290,6 +290,10 @@ def test_an_option_that_somebody_adds_is_compared(mnist, tmp_path):
     args.dropout = 0.1
     with pytest.raises(OSError, match="dropout None, not 0.1"):
         dense_vae.train(args, loader, path, reuse=True)
+    dense_vae.train(args, loader, path)
+    del args.dropout
+    with pytest.raises(OSError, match="dropout 0.1, not None"):
+        dense_vae.train(args, loader, path, reuse=True)
 
 
 def closed(text, **kwargs):

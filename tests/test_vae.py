@@ -80,6 +80,20 @@ def test_training_learns_and_reports_a_nan(script, mnist, capsys):
 
 
 @both
+def test_fit_is_adam_with_a_one_cycle_rate(script, mnist, monkeypatch):
+    seen = []
+    monkeypatch.setattr(script, "train_vae", lambda *args: seen.append(args) or [1.0])
+    model, loader = script.build_vae(2), common.load_mnist(mnist, batch_size=40)[0]
+    assert script.fit(model, loader, 5, 1e-2, beta=3.0) == [1.0]
+    _, _, optimizer, epochs, beta, scheduler, *_ = seen[0]
+    assert isinstance(optimizer, torch.optim.Adam) and (epochs, beta) == (5, 3.0)
+    assert scheduler.total_steps == 15 and optimizer.param_groups[0]["max_lr"] == 1e-2
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="last step diverged"):
+        script.fit(model, loader, 5, 1e-2)
+
+
+@both
 def test_each_epoch_trains_in_train_mode(script, mnist, monkeypatch):
     model, loader = script.build_vae(2), common.load_mnist(mnist, batch_size=50)[0]
     modes = []
