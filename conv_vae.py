@@ -350,15 +350,15 @@ def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.save_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
+    model = None if args.load is None else load(args.load, args.device)  # before MNIST is downloaded
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.sweep:
         sweep(args, train_loader, test_loader)
         return
     path = os.path.join(args.save_dir, f"conv_vae_latent{args.latent_dim}.pt")
-    if args.load is None:
+    if model is None:
         model = train(args, train_loader, path)
     else:
-        model = load(args.load, args.device)
         print(f"{args.load} was trained with {model.options}")
     latent_dim = model.options["latent_dim"]
 

@@ -706,7 +706,8 @@ def parse_args(argv=None):
         checkpoint = os.path.join(args.save_dir, "checkpoint.pt")
         if not os.path.exists(checkpoint):
             raise OSError(f"nothing to resume: {checkpoint} is not there; a finished training leaves none")
-        parser.set_defaults(**read(checkpoint)["options"])
+        options = read(checkpoint)["options"]
+        parser.set_defaults(**options, sampler="ddpm" if options.get("annex") else "fast")
         args = parser.parse_args(argv)
 
     if min(args.epochs, args.batch_size, args.steps, args.limit) < 1:
@@ -728,16 +729,18 @@ def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.save_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
+    if args.load is not None:
+        process, guide = load(args.load, args.device)  # before MNIST is downloaded
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.load is None:
         process, guide = train(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
     else:
-        process, guide = load(args.load, args.device)
         print(f"{args.load} was trained with {process.options}")
-    fast = args.sampler == "fast" and not process.options.get("annex")
+    fast = args.sampler == "fast" and (args.annex or not process.options.get("annex"))
     steps = min(args.steps, process.timesteps) if fast else process.timesteps
     guide = guide if fast else None
-    print(f"Samples in {steps} steps, {'not ' if guide is None or args.guidance == 1 else ''}guided")
+    guidance = "without a guiding model" if guide is None else f"guidance {args.guidance:g}"
+    print(f"Samples in {steps} steps, {guidance}")
 
     torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes
     with torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16):

@@ -1,10 +1,10 @@
-"""The two rulers by which compare.py and ablation.py measure images: what digit it is, and how it is drawn.
+"""The two rulers by which compare.py and ablation.py measure images.
 
 python benchmarks/rulers.py    trains the classifier again and writes classifier.pt (three minutes)
 
 1. The features of a classifier of digits, trained once on the first 50,000 training images. Its weights are
-   in classifier.pt, so it is the same everywhere. It is blind to the boldness of a stroke.
-2. The first 64 principal components of the pixels of the same images. They are blind to what digit it is.
+   in classifier.pt, so it is the same everywhere. They see mostly the shape.
+2. The first 64 principal components of the pixels of the same images. They see mostly the ink.
 
 Both turn an image into 64 numbers, whose Fréchet distance to those of real digits is the measure.
 """

@@ -369,7 +369,7 @@ def test_the_annex(no_figures, argv, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", None)
         ddpm.main([*short, "--annex"])
-    assert "Samples in 4 steps, not guided" in capsys.readouterr().out
+    assert "Samples in 4 steps, without a guiding model" in capsys.readouterr().out
     process, _ = ddpm.load("results/annex/ddpm.pt")
     assert isinstance(process.model, ddpm.SimpleMNistUNet) and process.options["lr"] == 1e-3
     torch.manual_seed(0)
@@ -383,11 +383,15 @@ def test_the_annex(no_figures, argv, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(weights, expected, atol=1e-4, rtol=0)
 
     ddpm.main([*short, "--load", "results/annex/ddpm.pt", "--save-dir", "figures"])
-    assert "Samples in 4 steps, not guided" in capsys.readouterr().out
+    assert "Samples in 4 steps, without a guiding model" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
         interrupt(patch, ddpm.DDPM, "train_step", 6)
         ddpm.main([*short, "--annex", "--epochs", "2"])
+    capsys.readouterr()
     ddpm.main([*short[2:], "--resume", "--save-dir", "results/annex"])
+    assert "Samples in 4 steps, without a guiding model" in capsys.readouterr().out
+    ddpm.main([*short, "--annex", "--load", "results/annex/ddpm.pt", "--sampler", "fast", "--steps", "2"])
+    assert "Samples in 2 steps, guidance 1.5" in capsys.readouterr().out
     assert len(ddpm.load("results/annex/ddpm.pt")[0].losses) == 2
 
 
