@@ -382,7 +382,7 @@ def test_the_annex(no_figures, argv, tmp_path, monkeypatch, capsys):
     for weights, expected in zip(process.model.parameters(), by_hand.model.parameters()):
         torch.testing.assert_close(weights, expected, atol=1e-4, rtol=0)
 
-    ddpm.main([*short, "--load", "results/annex/ddpm.pt", "--save-dir", "figures"])
+    ddpm.main([*short, "--load", "results/annex/ddpm.pt", "--save-dir", "figures", "--steps", "2"])
     assert "Samples in 4 steps, without a guiding model" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
         interrupt(patch, ddpm.DDPM, "train_step", 6)
