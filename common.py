@@ -55,7 +55,7 @@ class MNISTLoader:
 
     def __init__(self, images, labels, batch_size, shuffle):
         if images.dtype != torch.uint8:
-            raise TypeError(f"images are uint8, from 0 to 255, not {images.dtype}")
+            raise TypeError(f"images must be a torch.uint8 tensor, 0 to 255, not of {images.dtype}")
         self.dataset = Digits(images, labels)
         self.batch_size = batch_size
         self.shuffle = shuffle

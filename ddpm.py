@@ -559,7 +559,7 @@ def train(args, train_loader, path):
         for name in options | process.options:
             before, now = process.options.get(name), options.get(name)
             if before != now and name != "bf16":
-                why = ", and its learning rate falls to 0 by then" if name == "epochs" else ""
+                why = "; its learning rate falls to 0 by then" if name == "epochs" and not args.annex else ""
                 mend = "start as before, or delete it to start again"
                 raise OSError(f"{checkpoint} was started with {name} {before}, not {now}{why}: {mend}")
         print(f"Resuming after epoch {len(process.losses)}")

@@ -99,18 +99,19 @@ def measure_ddpm(process, guide, sampling, test_loader, rulers, num_samples, see
 def ablate_ddpm(args, loaders, table):
     """Train and measure the missing rows, seed by seed."""
     train, test = (loader.dataset.tensors[0].cpu() / 255 for loader in loaders)
-    rulers = Rulers(train, test, args.device)
+    rulers, checksum = Rulers(train, test, args.device), common.checksum(loaders[0].dataset.tensors[0])
     for seed in args.seeds:
         for name, (how, sampling) in ROWS.items():
             if table.has(name, seed) or (args.rows and name not in args.rows):
                 continue
-            file_name = "-".join(map(str, [*how.values(), args.epochs, len(train), seed])) + ".pt"
+            file_name = "-".join(map(str, [*how.values(), args.epochs, checksum, seed])) + ".pt"
             path = os.path.join(args.save_dir, file_name)  # rows with one training share it
             if os.path.exists(path):
                 process, guide = ddpm.load(path, args.device)
             else:
                 process, guide = train_ddpm(how, loaders[0], args.epochs, seed, args.device)
-                process.options = {"timesteps": 1000, "predict": how["predict"]}
+                process.options = {"timesteps": 1000, "predict": how["predict"], "annex": False}
+                process.options |= {"limit": len(train), "images_crc32": checksum}
                 process.losses, process.seconds = [], 0.0
                 ddpm.save(path, process, guide)
             num_samples = min(args.num_samples, 1000) if sampling.get("annex") else args.num_samples
@@ -211,8 +212,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = 3 if args.what == "ddpm" else 10
-    if min(args.epochs, args.num_samples) < 1:
-        parser.error("--epochs and --num-samples take whole numbers >= 1")
+    if args.epochs < 1 or args.num_samples < 100 or (args.limit or 1) < 1:
+        parser.error("--epochs and --limit take whole numbers >= 1, --num-samples >= 100")
+    if args.select and args.limit:
+        parser.error("--select trains on 50,000 images: give no --limit")
     os.makedirs(args.save_dir, exist_ok=True)
     loaders = common.load_mnist(args.data_dir, device=args.device, limit=args.limit)
     if args.select:

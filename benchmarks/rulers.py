@@ -109,12 +109,18 @@ def main():
     parser.add_argument("--data-dir", type=os.path.expanduser, default="data", help="folder (default: data)")
     args = parser.parse_args()
     train, test = common.load_mnist(args.data_dir, limit=N_TRAIN)
+    if len(train.dataset) < N_TRAIN:
+        sys.exit(f"rulers.py: {args.data_dir} has {len(train.dataset)} images, not {N_TRAIN} and more")
     classifier = train_classifier(train)
-    torch.save(classifier.half().state_dict(), CLASSIFIER)
+    torch.save(classifier.half().state_dict(), f"{CLASSIFIER}.new")
+    os.replace(f"{CLASSIFIER}.new", CLASSIFIER)
     _, probabilities = classify(load_classifier("cpu"), torch.cat([x for x, _ in test]))
     accuracy = (probabilities.argmax(1) == test.dataset.tensors[1]).float().mean()
     print(f"{CLASSIFIER}: {accuracy:.2%} of the test images right")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(f"rulers.py: {str(error) or 'interrupted'}")
