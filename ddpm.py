@@ -457,12 +457,14 @@ def build_optimizer(process, lr, total_steps):
     """Adam, clipping, and a one-cycle learning rate; returns (optimizer, scheduler).
 
     One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, then falls to almost 0
-    at the last of total_steps.
+    at the last of total_steps. Clipping shortens a gradient longer than 1 to 1: held-out losses after three
+    epochs with it 0.0263 and 0.0258, without it 0.0268 and 0.0264 (two seeds); in batches of 5 it halves the
+    last loss (LOG.md). It is a hook, as train_step leaves no place between backward() and step().
     """
     parameters = list(process.model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)  # fused: all weights in one operation
 
-    def clip(*_):  # a gradient longer than 1 is shortened to 1
+    def clip(*_):
         nn.utils.clip_grad_norm_(parameters, 1.0)
 
     optimizer.register_step_pre_hook(clip)

@@ -212,9 +212,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = 3 if args.what == "ddpm" else 10
-    if args.epochs < 1 or args.num_samples < 100 or (args.limit or 1) < 1:
+    if args.epochs < 1 or args.num_samples < 100 or (args.limit is not None and args.limit < 1):
         parser.error("--epochs and --limit take whole numbers >= 1, --num-samples >= 100")
-    if args.select and args.limit:
+    if args.select and args.limit is not None:
         parser.error("--select trains on 50,000 images: give no --limit")
     os.makedirs(args.save_dir, exist_ok=True)
     loaders = common.load_mnist(args.data_dir, device=args.device, limit=args.limit)
