@@ -85,6 +85,15 @@ def samplers(script, model, device):
     return {f"{min(n, process.timesteps)} steps": functools.partial(draw, steps=n) for n in steps}
 
 
+def held_out_loss(script, model, test_loader):
+    """Of a VAE: nats per image; of a DDPM: the mean squared error of the predicted noise."""
+    if script is not ddpm:
+        return sum(common.evaluate(model, test_loader))
+    process, _ = model
+    with torch.autocast(process.device.type, torch.bfloat16, enabled=ddpm.has_bf16(process.device)):
+        return ddpm.evaluate(process, test_loader)
+
+
 def generate(sample, n):
     """`n` images of a sampler, (n, 1, 28, 28) in [0, 1], on the CPU, and the milliseconds that each took."""
     start = time.perf_counter()
@@ -211,7 +220,7 @@ def main(argv=None):
     digits = train[torch.randperm(len(train))[:n]]
     images = {"test digits": test[:n], "training digits": digits, "uniform noise": torch.rand(n, 1, 28, 28)}
     of_digits = rulers.measure(digits[:n_cost])["frechet"]
-    columns, points = {}, {}  # what is known of a model besides its images
+    columns, points, cost = {}, {}, []  # what is known of a model besides its images
     for name, (script, model) in models.items():
         if script is None:
             images[name] = model[:n]
@@ -224,21 +233,25 @@ def main(argv=None):
                 images[name], training = generated, model[0] if script is ddpm else model
                 network = training.model if script is ddpm else model
                 parameters = sum(p.numel() for p in network.parameters())
-                columns[name] = parameters, f"{training.seconds:.0f}", f"{ms:.2f}"
+                torch.manual_seed(args.seed)
+                loss = held_out_loss(script, model, loaders[1])
+                columns[name] = parameters, f"{training.seconds:.0f}", f"{ms:.2f}", f"{loss:.5g}"
             measured = rulers.measure(generated[:n_cost])
             points[name].append((ms, measured["frechet"], label))
-            columns_of = ", ".join(f"{column} {value:.3g}" for column, value in measured.items())
-            print(f"{name} {label}: {ms:.2f} ms per image; {n_cost} samples: {columns_of}")
+            row = {"model": name, "sampler": label, "ms_per_image": f"{ms:.2f}", "samples": n_cost}
+            cost.append(row | {column: f"{value:.4g}" for column, value in measured.items()})
+            print(", ".join(f"{column} {value}" for column, value in cost[-1].items() if value))
 
     rows = []
     for name, of_model in images.items():
-        known = zip(("parameters", "train_s", "ms_per_image"), columns.get(name, ("", "", "")))
+        known = zip(("parameters", "train_s", "ms_per_image", "loss"), columns.get(name, [""] * 4))
         rows.append({"model": name, **dict(known), **compare_images(of_model, rulers, train)})
     for row in [{column: column for column in rows[0]}, *rows]:
         print("".join(f"{value:>{22 if column == 'model' else 13}}" for column, value in row.items()))
     common.save_table(rows, args.save_dir, "compare.csv")
     plot_images(images, args.save_dir)
     if points:
+        common.save_table(cost, args.save_dir, "cost.csv")
         print(f"{n_cost} training digits: Fréchet distance {of_digits:.2f}")
         plot_quality_cost(points, of_digits, n_cost, args.save_dir)
 

@@ -412,11 +412,12 @@ def test_compare(argv, mnist, tmp_path, capsys):
     compare.main([*paths, str(tmp_path / "samples.npy"), *options, "--num-samples", "100"])
     rows = list(csv.DictReader((folder / "compare.csv").open()))
     assert [row["model"] for row in rows[3:]] == ["dense_vae_latent2", "ddpm", "samples"]
+    assert float(rows[3]["loss"]) > 100 > 10 > float(rows[4]["loss"]) > 0 and rows[5]["loss"] == ""
     capsys.readouterr()
     representations.main([*paths, *options, "--num-images", "40"])
     assert capsys.readouterr().out.count("linear probe") == 3 * 3 + 1  # three curves at three t, and the VAE
-    names = "compare.csv", "compare.png", "quality_cost.png", "representations.png", "latent_spaces.png"
-    assert set(names) <= set(os.listdir(folder))
+    assert {"compare.csv", "cost.csv", "compare.png", "quality_cost.png"} <= set(os.listdir(folder))
+    assert {"representations.png", "latent_spaces.png"} <= set(os.listdir(folder))
 
 
 def test_ablation(argv, mnist, tmp_path, monkeypatch, capsys):
