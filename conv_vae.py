@@ -57,7 +57,8 @@ class ConvEncoder(nn.Module):
 class Sigmoid(nn.Sigmoid):
     """The sigmoid in float32, even where the layers compute in bfloat16.
 
-    There the largest number below 1 is 0.996: a pixel that is rounded to 1 costs 100 nats if it is black.
+    There the largest number below 1 is 0.996, so a larger one may be rounded to 1. If that pixel is black,
+    BCE is -log 0, which PyTorch limits to 100.
     """
 
     def forward(self, x):
@@ -134,8 +135,8 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             optimizer.zero_grad()
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_recon, mu, logvar = model(x)
-            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. Its
-            # gradient is 0 there, but 0 * NaN = NaN in the layers before it: so the next KL term is NaN.
+            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. The NaN is
+            # not hidden: the weights become NaN in backward() (0 * NaN = NaN), and so does the next KL term.
             # float(): a loss in float32.
             loss = vae_loss(x_recon.nan_to_num(), x, mu.float(), logvar.float(), beta)
             loss.backward()
@@ -154,10 +155,10 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
 def fit(model, dataloader, num_epochs, lr, beta=1.0, bf16=False):
     """Train with Adam and a one-cycle learning rate; returns the average loss of each epoch.
 
-    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, by default 6e-3, then
-    falls to almost 0. Held-out loss with it 98.75 nats, with Adam at 1e-3 102.25; with beta2 = 0.99, not
-    0.999, 98.57 (three seeds, benchmarks/README.md). bf16: see train_vae. Raises FloatingPointError if the
-    training diverges.
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr (the script's default is
+    6e-3), then falls to almost 0. Held-out loss with a constant 1e-3: 102.25 nats; with one-cycle: 98.75; and
+    with Adam's second coefficient 0.99 in place of 0.999: 98.57 (three seeds, benchmarks/README.md).
+    bf16: see train_vae. Raises FloatingPointError if the training diverges.
     """
     # OneCycleLR replaces beta1: 0.95, down to 0.85, and back. fused: all weights in one operation.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
@@ -258,7 +259,7 @@ def train(args, train_loader, path, reuse=False):
 def load(path, device="cpu"):
     """The VAE saved at `path`, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another one, or if the network was edited since.
+    Raises OSError if the file is missing, damaged or another one, or if its weights don't fit the network.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -145,13 +145,14 @@ class SimpleMNistUNet(nn.Module):
 class DDPM:
     """The diffusion process of a `model` that predicts the noise (annex; Ho et al., 2020, section 3).
 
-    Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. The clean image x_0
-    stands before step 0: at t = 0, read x_0 for x_{t-1}, and 1 for alpha_bar_{t-1}. reverse_process at t = 0
-    returns it. Images are (B, 1, H, W) in [-1, 1], but those of `sample` in [0, 1]. Other timesteps than 1000
-    need other betas (build_ddpm).
+    Ho et al. count t from 1 to T; the index here, 0 to timesteps - 1, is their t - 1. x_0 always means the
+    clean image, never x_t at t = 0, which has a little noise. So for t = 0, x_{t-1} is x_0, alpha_bar_{t-1}
+    is 1, and reverse_process returns x_0. Images are (B, 1, H, W) in [-1, 1], but those of `sample` in
+    [0, 1]. Other timesteps than 1000 need other betas (build_ddpm).
 
     Step t adds noise of variance beta_t = 1 - alpha_t, and shrinks the image so that a variance of 1 stays 1.
-    forward_process does all the steps up to t at once, with alpha_bar_t = alpha_0 ... alpha_t. By induction:
+    forward_process does all the steps up to t at once, with alpha_bar_t = alpha_0 ... alpha_t. By induction
+    from t = 0:
 
         step:    x_t     = sqrt(alpha_t) x_{t-1} + sqrt(1 - alpha_t) noise
         suppose: x_{t-1} = sqrt(alpha_bar_{t-1}) x_0 + sqrt(1 - alpha_bar_{t-1}) noise'
@@ -245,7 +246,7 @@ class DDPM:
         pred_noise = self.model(x_t, t)
         loss = F.mse_loss(pred_noise, noise)
 
-        optimizer.zero_grad()  # missing in the listing, where the gradients of all the steps add up
+        optimizer.zero_grad()  # missing in the listing: unless the loop does it, all gradients add up
         loss.backward()
         optimizer.step()
         return loss.detach()  # loss.item() would wait for the GPU at every step
@@ -382,9 +383,9 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     """Generate images in few steps; returns the list of all x_t, (n, 1, H, W), the last one x_0.
 
     to_pixels turns them into pixels in [0, 1]. Each step estimates x_0, goes on to the estimate in the middle
-    of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. With as
-    many steps as there are time steps and without the two `if`s, it is the annex's sampler, but for the
-    variance (see reverse_process). guide: the guiding model, or None; guidance: its weight, 1 for none.
+    of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. If steps is
+    process.timesteps, it is, without the midpoint and guidance, the annex's sampler, but for the variance
+    (see reverse_process). guide: the guiding model, or None; guidance: its weight, 1 for none.
     """
     process.model.eval()
     if guide is not None:
@@ -617,7 +618,7 @@ def save(path, process, guide, **parts):
 def read(path, **parts):
     """The dictionary that `save` wrote; each part that is not None gets its saved state.
 
-    Raises OSError if the file is missing, damaged or another one, or if the network was edited since.
+    Raises OSError if the file is missing, damaged or another one, or if its weights don't fit the network.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -738,6 +739,7 @@ def main(argv=None):
         process, guide = train(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
     else:
         print(f"{args.load} was trained with {process.options}")
+    # A saved annex model is sampled as the annex does, unless --annex --sampler fast is typed.
     fast = args.sampler == "fast" and (args.annex or not process.options.get("annex"))
     steps = min(args.steps, process.timesteps) if fast else process.timesteps
     guide = guide if fast else None

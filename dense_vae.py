@@ -110,8 +110,8 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             x = x.to(device)
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
-            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. Its
-            # gradient is 0 there, but 0 * NaN = NaN in the layers before it: so the next KL term is NaN.
+            # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. The NaN is
+            # not hidden: the weights become NaN in backward() (0 * NaN = NaN), and so does the next KL term.
             loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
@@ -129,9 +129,10 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
 def fit(model, dataloader, num_epochs, lr, beta=1.0):
     """Train with Adam and a one-cycle learning rate; returns the average loss of each epoch.
 
-    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr, by default 4e-3, then
-    falls to almost 0. Held-out loss with it 114.4 nats, with Adam at 1e-3 118.0; with beta2 = 0.99, not
-    0.999, 114.0 (five seeds, benchmarks/README.md). Raises FloatingPointError if the training diverges.
+    One-cycle (Smith & Topin, 2017, arXiv:1708.07120): the learning rate rises to lr (the script's default is
+    4e-3), then falls to almost 0. Held-out loss with a constant 1e-3: 118.0 nats; with one-cycle: 114.4; and
+    with Adam's second coefficient 0.99 in place of 0.999: 114.0 (five seeds, benchmarks/README.md).
+    Raises FloatingPointError if the training diverges.
     """
     # OneCycleLR replaces beta1: 0.95, down to 0.85, and back. fused: all weights in one operation.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
@@ -198,7 +199,7 @@ def train(args, train_loader, path, reuse=False):
 def load(path, device="cpu"):
     """The VAE saved at `path`, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another one, or if the network was edited since.
+    Raises OSError if the file is missing, damaged or another one, or if its weights don't fit the network.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -19,7 +19,7 @@ def read(*parts):
 )
 def test_ablation_table(what, column, digits):
     """Mean and standard deviation of each row, as the page has them."""
-    page = read("benchmarks", "README.md")
+    page = read("benchmarks", "LOG.md" if what == "ddpm" else "README.md")
     values = {}
     for row in csv.DictReader(read("benchmarks", "results", f"ablation_{what}.csv").splitlines()):
         values.setdefault(row["row"], []).append(float(row[column]))
