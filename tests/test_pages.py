@@ -1,4 +1,4 @@
-"""The pages show what the files in benchmarks/results/ hold."""
+"""The tables of the pages show what the files in benchmarks/results/ hold."""
 
 import csv
 import os
@@ -13,17 +13,60 @@ def read(*parts):
         return f.read()
 
 
-@pytest.mark.parametrize(
-    "what, column, digits",
-    [("dense", "loss", 2), ("conv", "loss", 2), ("ddpm", "loss", 4), ("ddpm", "frechet", 1)],
-)
-def test_ablation_table(what, column, digits):
-    """Mean and standard deviation of each row, as the page has them."""
-    page = read("benchmarks", "LOG.md" if what == "ddpm" else "README.md")
-    values = {}
-    for row in csv.DictReader(read("benchmarks", "results", f"ablation_{what}.csv").splitlines()):
-        values.setdefault(row["row"], []).append(float(row[column]))
-    for name, of_name in values.items():
-        if name != "the annex as printed":  # it diverges
-            mean, sd = statistics.mean(of_name), statistics.stdev(of_name)
-            assert f" {mean:.{digits}f} ± {sd:.{digits}f} " in page, name
+def columns(file_name, name):
+    """{column: its values, as strings, one for each seed} of the rows of this name."""
+    rows = csv.DictReader(read("benchmarks", "results", file_name).splitlines())
+    rows = [row for row in rows if next(iter(row.values())).split("_seed")[0] == name]
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def mean_cell(values, digits):
+    """Mean ± standard deviation."""
+    numbers = [float(value.rstrip("%")) for value in values]
+    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{spread}{'%' * values[0].endswith('%')}"
+
+
+def list_cell(values, digits, unit=""):
+    """The value of each seed."""
+    return ", ".join(f"{float(value) * (100 if unit else 1):.{digits}f}" for value in values) + unit
+
+
+MODELS = {
+    "dense VAE, d=5": ("results/dense", 2),
+    "convolutional VAE, d=10": ("results/conv", 2),
+    "DDPM": ("results/ddpm", 4),
+}
+
+
+@pytest.mark.parametrize("label", MODELS)
+def test_results(label):
+    """Of the seeds on which nothing was chosen: the rows of both pages."""
+    name, digits = MODELS[label]
+    values = columns("compare.csv", name)
+    parameters, loss = f"{int(values['parameters'][0]):,}", mean_cell(values["loss"], digits)
+    measures = {"frechet": 1, "pixels": 2, "doubtful": 1}
+    cells = [mean_cell(values[column], digits) for column, digits in measures.items()]
+    start = " | ".join(["", label, parameters, loss, *cells]).strip()
+    assert start in read("README.md")
+    measures = {"precision": 2, "recall": 2, "mean_pixel": 4, "entropy": 3, "nearest": 2}
+    cells = [mean_cell(values[column], digits) for column, digits in measures.items()]
+    assert " | ".join([start, *cells]) in read("benchmarks", "README.md")
+
+
+def test_choices():
+    """The default, each part left out."""
+    page = read("benchmarks", "README.md")
+    rows = csv.DictReader(read("benchmarks", "results", "ablation_ddpm_select.csv").splitlines())
+    for name in dict.fromkeys(row["row"] for row in rows):
+        values = columns("ablation_ddpm_select.csv", name)
+        cells = list_cell(values["loss"], 4), list_cell(values["frechet"], 1), list_cell(values["pixels"], 2)
+        assert " | ".join(["", name, *cells, list_cell(values["doubtful"], 1, "%"), ""]).strip() in page
+
+
+@pytest.mark.parametrize("what, digits", [("dense", 2), ("conv", 2)])
+def test_learning_rates(what, digits):
+    page = read("benchmarks", "README.md")
+    rows = csv.DictReader(read("benchmarks", "results", f"ablation_{what}.csv").splitlines())
+    for name in dict.fromkeys(row["row"] for row in rows):
+        assert f" {mean_cell(columns(f'ablation_{what}.csv', name)['loss'], digits)} " in page, name
