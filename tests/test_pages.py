@@ -13,11 +13,12 @@ def read(*parts):
         return f.read()
 
 
-def columns(file_name, name):
-    """{column: its values, as strings, one for each seed} of the rows of this name."""
-    rows = csv.DictReader(read("benchmarks", "results", file_name).splitlines())
-    rows = [row for row in rows if next(iter(row.values())).split("_seed")[0] == name]
-    return {column: [row[column] for row in rows] for column in rows[0]}
+def table(file_name):
+    """{name: {column: its values, as strings, one for each seed}}; the first column has the names."""
+    rows = {}
+    for row in csv.DictReader(read("benchmarks", "results", file_name).splitlines()):
+        rows.setdefault(next(iter(row.values())).split("_seed")[0], []).append(row)
+    return {name: {column: [row[column] for row in of] for column in of[0]} for name, of in rows.items()}
 
 
 def mean_cell(values, digits):
@@ -43,7 +44,7 @@ MODELS = {
 def test_results(label):
     """Of the seeds on which nothing was chosen: the rows of both pages."""
     name, digits = MODELS[label]
-    values = columns("compare.csv", name)
+    values = table("compare.csv")[name]
     parameters, loss = f"{int(values['parameters'][0]):,}", mean_cell(values["loss"], digits)
     measures = {"frechet": 1, "pixels": 2, "doubtful": 1}
     cells = [mean_cell(values[column], digits) for column, digits in measures.items()]
@@ -57,9 +58,7 @@ def test_results(label):
 def test_choices():
     """The default, each part left out."""
     page = read("benchmarks", "README.md")
-    rows = csv.DictReader(read("benchmarks", "results", "ablation_ddpm_select.csv").splitlines())
-    for name in dict.fromkeys(row["row"] for row in rows):
-        values = columns("ablation_ddpm_select.csv", name)
+    for name, values in table("ablation_ddpm_select.csv").items():
         cells = list_cell(values["loss"], 4), list_cell(values["frechet"], 1), list_cell(values["pixels"], 2)
         assert " | ".join(["", name, *cells, list_cell(values["doubtful"], 1, "%"), ""]).strip() in page
 
@@ -67,6 +66,5 @@ def test_choices():
 @pytest.mark.parametrize("what, digits", [("dense", 2), ("conv", 2)])
 def test_learning_rates(what, digits):
     page = read("benchmarks", "README.md")
-    rows = csv.DictReader(read("benchmarks", "results", f"ablation_{what}.csv").splitlines())
-    for name in dict.fromkeys(row["row"] for row in rows):
-        assert f" {mean_cell(columns(f'ablation_{what}.csv', name)['loss'], digits)} " in page, name
+    for name, values in table(f"ablation_{what}.csv").items():
+        assert f" {mean_cell(values['loss'], digits)} " in page, name
