@@ -166,11 +166,13 @@ def plot_images(images, save_dir):
     common.save_figure(fig, save_dir, "compare.png")
 
 
-def plot_quality_cost(points, of_digits, n, save_dir):
-    """Draw the Fréchet distance of n samples against the time. points: {name: [(ms, distance, label)]}."""
+def plot_quality_cost(cost, of_digits, n, save_dir):
+    """Draw the Fréchet distance of n samples against the time. cost: the rows of cost.csv."""
     fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name, of_model in points.items():
-        x, y, labels = zip(*sorted(of_model))
+    for name in dict.fromkeys(row["model"] for row in cost):
+        of_model = [row for row in cost if row["model"] == name]
+        points = [(float(row["ms_per_image"]), float(row["frechet"]), row["sampler"]) for row in of_model]
+        x, y, labels = zip(*sorted(points))
         ax.plot(x, y, "o", label=name)
         for i, label in enumerate(labels):  # left and right in turn, as they are close
             side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}
@@ -220,12 +222,11 @@ def main(argv=None):
     digits = train[torch.randperm(len(train))[:n]]
     images = {"test digits": test[:n], "training digits": digits, "uniform noise": torch.rand(n, 1, 28, 28)}
     of_digits = rulers.measure(digits[:n_cost])["frechet"]
-    columns, points, cost = {}, {}, []  # what is known of a model besides its images
+    columns, cost = {}, []  # what is known of a model besides its images
     for name, (script, model) in models.items():
         if script is None:
             images[name] = model[:n]
             continue
-        points[name] = []
         for i, (label, sample) in enumerate(samplers(script, model, args.device).items()):
             torch.manual_seed(args.seed)
             generated, ms = generate(sample, n_cost if i else n)
@@ -237,8 +238,7 @@ def main(argv=None):
                 loss = held_out_loss(script, model, loaders[1])
                 columns[name] = parameters, f"{training.seconds:.0f}", f"{ms:.2f}", f"{loss:.5g}"
             measured = rulers.measure(generated[:n_cost])
-            points[name].append((ms, measured["frechet"], label))
-            row = {"model": name, "sampler": label, "ms_per_image": f"{ms:.2f}", "samples": n_cost}
+            row = {"model": name, "sampler": label, "ms_per_image": f"{ms:.4g}", "samples": n_cost}
             cost.append(row | {column: f"{value:.4g}" for column, value in measured.items()})
             print(", ".join(f"{column} {value}" for column, value in cost[-1].items() if value))
 
@@ -250,10 +250,10 @@ def main(argv=None):
         print("".join(f"{value:>{22 if column == 'model' else 13}}" for column, value in row.items()))
     common.save_table(rows, args.save_dir, "compare.csv")
     plot_images(images, args.save_dir)
-    if points:
+    if cost:
         common.save_table(cost, args.save_dir, "cost.csv")
         print(f"{n_cost} training digits: Fréchet distance {of_digits:.2f}")
-        plot_quality_cost(points, of_digits, n_cost, args.save_dir)
+        plot_quality_cost(cost, of_digits, n_cost, args.save_dir)
 
 
 if __name__ == "__main__":
