@@ -20,9 +20,9 @@ down to 0, takes a little of the predicted noise away. It also adds a little new
 random, not set to its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
-What a part is worth is given as two distances between samples and digits, with the part and without it: by
-the features of a classifier, and by the principal components of the pixels. Smaller is better; other digits
-have 5.5 and 0.48. All were measured on training images left out for this purpose, after three epochs with
+What a part is worth is given as a distance between samples and digits, with the part and without it: by the
+features of a classifier, or by the principal components of the pixels. Smaller is better; other digits have
+5.5 and 0.48. All were measured on training images left out for this purpose, after three epochs with
 the seeds 0 and 1, or after twelve with the seed 0 (benchmarks/README.md, LOG.md).
 Needs common.py beside it. All the options: --help.
 """
@@ -341,10 +341,10 @@ def guided(target, x0, x0_guide, guidance):
         x0 + (guidance - 1) (x0 - x0_guide) = x0_guide + guidance (x0 - x0_guide)
 
     (autoguidance, Karras et al., 2024, arXiv:2406.02507). The mean of each image is subtracted from the
-    difference, so that guidance changes the shape, not the amount of ink. sample_fast guides where a digit
-    takes shape, at 0.2 <= t / timesteps < 0.6 (an interval, as Kynkäänniemi et al., 2024, arXiv:2404.07724,
-    who found that guidance costs variety at a large t). After twelve epochs (training digits: 2,000 for the
-    distances, all for the mean pixel):
+    difference, so that guidance changes the shape of an estimate, not its ink (the samples still get a little
+    bolder). sample_fast guides where a digit takes shape, at 0.2 <= t / timesteps < 0.6 (an interval, as
+    Kynkäänniemi et al., 2024, arXiv:2404.07724, who found that guidance costs variety at a large t). After
+    twelve epochs (training digits: 2,000 for the distances, all for the mean pixel):
 
                                          classifier  components  mean pixel
         training digits                      5.5        0.48       0.1310
@@ -696,7 +696,8 @@ def parse_args(argv=None):
     add("--timesteps", type=int, default=1000, help="steps from an image to noise")
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
     add("--annex", action="store_true", help="the report's own DDPM, by default in results/annex")
-    add("--sampler", choices=["fast", "ddpm"], default="fast", help="ddpm: the report's, as with --annex")
+    choices = ["fast", "ddpm"]  # without a default: it depends on the model
+    add("--sampler", choices=choices, default=argparse.SUPPRESS, help="fast; of an annex model ddpm, the report's")
     add("--steps", type=int, default=20, help="steps of the fast sampler, at most as many as time steps")
     add("--guidance", type=float, default=1.5, help="weight of the guidance in the fast sampler; 1: none")
     add("--device", default=device, help="a torch device")
@@ -710,14 +711,13 @@ def parse_args(argv=None):
     one_of("--load", type=folder, metavar="PATH", help="no training: a saved model, with its options")
     args = parser.parse_args(argv)
     if args.annex:
-        parser.set_defaults(predict="noise", lr=1e-3, sampler="ddpm", save_dir="results/annex")
+        parser.set_defaults(predict="noise", lr=1e-3, save_dir="results/annex")
         args = parser.parse_args(argv)
     if args.resume:  # the checkpoint's options are the defaults; train refuses another one
         checkpoint = os.path.join(args.save_dir, "checkpoint.pt")
         if not os.path.exists(checkpoint):
             raise OSError(f"nothing to resume: {checkpoint} is not there; a finished training leaves none")
-        options = read(checkpoint)["options"]
-        parser.set_defaults(**options, sampler="ddpm" if options.get("annex") else "fast")
+        parser.set_defaults(**read(checkpoint)["options"])
         args = parser.parse_args(argv)
 
     if min(args.epochs, args.batch_size, args.steps, args.limit) < 1:
@@ -746,8 +746,8 @@ def main(argv=None):
         process, guide = train(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
     else:
         print(f"{args.load} was trained with {process.options}")
-    # A saved annex model is sampled as the annex does, unless --annex --sampler fast is typed.
-    fast = args.sampler == "fast" and (args.annex or not process.options.get("annex"))
+    annex = args.annex or process.options.get("annex")
+    fast = getattr(args, "sampler", "ddpm" if annex else "fast") == "fast"
     steps = min(args.steps, process.timesteps) if fast else process.timesteps
     guide = guide if fast else None
     guidance = "without a guiding model" if guide is None else f"guidance {args.guidance:g}"

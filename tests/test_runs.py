@@ -392,6 +392,8 @@ def test_the_annex(no_figures, argv, tmp_path, monkeypatch, capsys):
     assert "Samples in 4 steps, without a guiding model" in capsys.readouterr().out
     ddpm.main([*short, "--annex", "--load", "results/annex/ddpm.pt", "--sampler", "fast", "--steps", "2"])
     assert "Samples in 2 steps, guidance 1.5" in capsys.readouterr().out
+    ddpm.main([*short, "--load", "results/annex/ddpm.pt", "--sampler", "fast", "--steps", "2"])
+    assert "Samples in 2 steps, guidance 1.5" in capsys.readouterr().out
     assert len(ddpm.load("results/annex/ddpm.pt")[0].losses) == 2
 
 
