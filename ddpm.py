@@ -697,7 +697,7 @@ def parse_args(argv=None):
     add("--predict", choices=["v", "noise"], default="v", help="what the network predicts")
     add("--annex", action="store_true", help="the report's own DDPM, by default in results/annex")
     choices = ["fast", "ddpm"]  # without a default: it depends on the model
-    add("--sampler", choices=choices, default=argparse.SUPPRESS, help="fast; of an annex model ddpm, the report's")
+    add("--sampler", choices=choices, default=argparse.SUPPRESS, help="ddpm: the report's, as with --annex")
     add("--steps", type=int, default=20, help="steps of the fast sampler, at most as many as time steps")
     add("--guidance", type=float, default=1.5, help="weight of the guidance in the fast sampler; 1: none")
     add("--device", default=device, help="a torch device")
