@@ -419,7 +419,7 @@ def test_compare(argv, mnist, tmp_path, capsys):
     representations.main([*paths, *options, "--num-images", "40"])
     assert capsys.readouterr().out.count("linear probe") == 3 * 3 + 1  # three curves at three t, and the VAE
     assert {"compare.csv", "cost.csv", "compare.png", "quality_cost.png"} <= set(os.listdir(folder))
-    assert {"representations.png", "latent_spaces.png"} <= set(os.listdir(folder))
+    assert {"representations.csv", "representations.png", "latent_spaces.png"} <= set(os.listdir(folder))
 
 
 def test_ablation(argv, mnist, tmp_path, monkeypatch, capsys):
