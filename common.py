@@ -120,6 +120,7 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
                 >= E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)]
                  = E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
+    What it loses is KL(q(z|x) || p(z|x)): nothing, if q is the true posterior.
     -BCE is log p(x|z) at the z that was drawn, for pixels that are 0 or 1 and independent given z. So, with
     beta = 1 and on average over z, the loss is an upper bound of -log p(x): its nats (log is the natural
     logarithm) are a bound, not the likelihood. KL for one dimension, with s = exp(logvar / 2):
@@ -128,8 +129,7 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
         E_q[(z - mu)^2] = s^2,  E_q[z^2] = mu^2 + s^2
         KL = -log s - 1/2 + (mu^2 + s^2) / 2 = -1/2 (1 + logvar - mu^2 - exp(logvar))
 
-    (Kingma & Welling, 2013, arXiv:1312.6114, appendix B). The DDPM minimises such a bound, too: a sum of KLs
-    between Gaussians, one for each step, with their weights left out (Ho et al., 2020, eq. 14).
+    (Kingma & Welling, 2013, arXiv:1312.6114, appendix B).
 
     The weight beta, a global variable in the listing, is from Higgins et al. (2017, "beta-VAE"). MNIST's
     pixels are grey, and for these -BCE is no log-likelihood (Loaiza-Ganem & Cunningham, 2019,

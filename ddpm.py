@@ -21,9 +21,9 @@ random, not set to its mean; but none at t = 0.
 
 The annex comes first, then what goes beyond it: v (a mix of noise and image), a fast sampler, the training.
 What a part is worth is given as a distance between samples and digits, with the part and without it: by the
-features of a classifier, or by the principal components of the pixels. Smaller is better; other digits have
-5.5 and 0.48. All were measured on training images left out for this purpose, after three epochs with
-the seeds 0 and 1, or after twelve with the seed 0 (benchmarks/README.md, LOG.md).
+features of a classifier, or by the principal components of the pixels. Smaller is better; 2,000 training
+digits have 5.5 and 0.48. All were measured on training images left out for this purpose, after three
+epochs with the seeds 0 and 1, or after twelve with the seed 0 (benchmarks/README.md, LOG.md).
 Needs common.py beside it. All the options: --help.
 """
 
@@ -201,10 +201,11 @@ class DDPM:
             variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
 
         (Ho et al., eq. 7). The mean is linear in x_0: averaged over all x_0 that fit x_t, it is the same with
-        E[x_0 | x_t] for x_0, which the network estimates. And for a small beta_t, x_{t-1} given x_t alone is
-        nearly Gaussian, too: by Bayes' rule its density is a narrow Gaussian, that of the step, times the
-        density of x_{t-1}, whose logarithm is nearly linear over so small a width. So a *small* step may draw
-        x_{t-1} from a Gaussian around this mean. Insert the x_0 that the noise implies:
+        E[x_0 | x_t] for x_0, which the network estimates. And if beta_t is small beside 1 - alpha_bar_{t-1},
+        x_{t-1} given x_t alone is nearly Gaussian, too: by Bayes' rule its density is a narrow Gaussian, that
+        of the step, times the density of x_{t-1}, whose logarithm is nearly linear over so small a width. So
+        a *small* step may draw x_{t-1} from a Gaussian around this mean. (The last few steps are not small in
+        this sense, but their noise is too weak to be seen.) Insert the x_0 that the noise implies:
 
             x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
 
@@ -238,7 +239,9 @@ class DDPM:
         """One step on x0, (B, 1, H, W) in [-1, 1]: 2 * x - 1 for the x of a loader, in [0, 1].
 
         Returns the loss, a tensor: the mean squared error of the noise, at a random t for each image (Ho et
-        al., eq. 14, algorithm 1).
+        al., algorithm 1). It comes from a bound of -log p(x_0), as the VAE's loss: a sum of KLs, one for each
+        step, between Gaussians of the same variance, so each is |mean - mean'|^2 / (2 variance), by eq. 11 a
+        weight times |noise - pred_noise|^2. Without the weights, as here, it is no bound (eq. 14).
         """
         self.model.train()
         t = torch.randint(0, self.timesteps, (x0.shape[0],), device=self.device)
@@ -284,9 +287,9 @@ class NoiseFromV(nn.Module):
     predicts the noise with an error e has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999. If it
     predicts v with an error e, this is sqrt(1 - a) e, never magnified: even v = 0 gives a grey image there,
     sqrt(a) x_t. In the noise it is an error sqrt(a) e, which the loss squares: it weighs e^2 by a, 0.08 at
-    t = 500 and 4e-5 at t = 999. So v is hardly learnt at a large t, where it matters least: the noise is
-    almost all of x_t. After three epochs, by the classifier: with v 40 and 36, without it 83 and 74 (two
-    seeds).
+    t = 500 and 4e-5 at t = 999. So the loss hardly teaches v at a large t: x_0, about -v there, may stay
+    vague, but it is not wrong by a large factor. After three epochs, by the classifier: with v 40 and 36,
+    without it 83 and 74 (two seeds).
 
     alpha_bars: those of the DDPM, (timesteps,).
     """
@@ -390,7 +393,8 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
     """Generate images in few steps; returns the list of all x_t, (n, 1, H, W), the last one x_0.
 
     to_pixels turns them into pixels in [0, 1]. Each step estimates x_0, goes on to the estimate in the middle
-    of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. If steps is
+    of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. Such a step
+    is not small: it is right as far as the estimate in its middle stands for all on the way. If steps is
     process.timesteps, it is, without the midpoint and guidance, the annex's sampler, but for the variance
     (see reverse_process). guide: the guiding model, or None; guidance: its weight, 1 for none.
     """

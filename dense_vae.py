@@ -111,7 +111,7 @@ def train_vae(model, dataloader, optimizer, num_epochs=10, beta=1.0, scheduler=N
             optimizer.zero_grad()
             x_recon, mu, logvar = model(x)
             # BCE raises an error at a NaN, after which all fails on a GPU: nan_to_num avoids it. The NaN is
-            # not hidden: the weights become NaN in backward() (0 * NaN = NaN), and so does the next KL term.
+            # not hidden: the gradients become NaN (0 * NaN = NaN), then the weights, then the next KL term.
             loss = vae_loss(x_recon.nan_to_num(), x, mu, logvar, beta)
             loss.backward()
             optimizer.step()
