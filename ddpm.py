@@ -203,9 +203,11 @@ class DDPM:
         (Ho et al., eq. 7). The mean is linear in x_0: averaged over all x_0 that fit x_t, it is the same with
         E[x_0 | x_t] for x_0, which the network estimates. And if beta_t is small beside 1 - alpha_bar_{t-1},
         x_{t-1} given x_t alone is nearly Gaussian, too: by Bayes' rule its density is a narrow Gaussian, that
-        of the step, times the density of x_{t-1}, whose logarithm is nearly linear over so small a width. So
-        a *small* step may draw x_{t-1} from a Gaussian around this mean. (The last few steps are not small in
-        this sense, but their noise is too weak to be seen.) Insert the x_0 that the noise implies:
+        of the step, times the density of x_{t-1}. This is a mixture of Gaussians of variance
+        1 - alpha_bar_{t-1}, one for each image: over a smaller width its logarithm is nearly linear (but near
+        a border between two images, where few x_{t-1} lie). So a *small* step may draw x_{t-1} from a
+        Gaussian around this mean. (The last few steps are not small in this sense, but their noise is too
+        weak to be seen.) Insert the x_0 that the noise implies:
 
             x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
 
@@ -239,9 +241,10 @@ class DDPM:
         """One step on x0, (B, 1, H, W) in [-1, 1]: 2 * x - 1 for the x of a loader, in [0, 1].
 
         Returns the loss, a tensor: the mean squared error of the noise, at a random t for each image (Ho et
-        al., algorithm 1). It comes from a bound of -log p(x_0), as the VAE's loss: a sum of KLs, one for each
-        step, between Gaussians of the same variance, so each is |mean - mean'|^2 / (2 variance), by eq. 11 a
-        weight times |noise - pred_noise|^2. Without the weights, as here, it is no bound (eq. 14).
+        al., algorithm 1). It comes from a bound of -log p(x_0), as the VAE's loss: a sum with a term for each
+        step, a KL between two Gaussians (at t = 0: -log p(x_0 | x_t)). As their variances are fixed, each is,
+        up to a constant, |mean - mean'|^2 / (2 beta_t), by eq. 11 a weight times |noise - pred_noise|^2.
+        Without the weights, as here, it is no bound (eq. 14).
         """
         self.model.train()
         t = torch.randint(0, self.timesteps, (x0.shape[0],), device=self.device)
@@ -264,7 +267,7 @@ class DDPM:
             for i in tqdm(range(self.timesteps)[::-1], desc="Génération", leave=False):
                 t = torch.full((num_samples,), i, device=self.device, dtype=torch.long)
                 x = self.reverse_process(x, t)
-            # After the loop: the listing's indentation puts the next two lines inside it.
+            # After the loop: as printed, these two lines are inside it (or only their indentation is lost).
             x = torch.clamp(x, -1.0, 1.0)
             x = (x + 1.0) / 2.0
         return x
@@ -283,13 +286,12 @@ class NoiseFromV(nn.Module):
         noise = sqrt(1 - a) x_t + sqrt(a) v      the x_0 cancel, and (1 - a + a) noise remains
         x_0   = sqrt(a) x_t - sqrt(1 - a) v      the noises cancel, and (a + 1 - a) x_0 remains
 
-    The loss is still the report's, on the noise, and what is gained is the estimate of x_0. A network that
-    predicts the noise with an error e has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999. If it
+    The loss is still the report's, on the noise, and what is gained is mainly the estimate of x_0. A network
+    that predicts the noise with an error e has in x_0 the error sqrt((1 - a) / a) e: 157 e at t = 999. If it
     predicts v with an error e, this is sqrt(1 - a) e, never magnified: even v = 0 gives a grey image there,
-    sqrt(a) x_t. In the noise it is an error sqrt(a) e, which the loss squares: it weighs e^2 by a, 0.08 at
-    t = 500 and 4e-5 at t = 999. So the loss hardly teaches v at a large t: x_0, about -v there, may stay
-    vague, but it is not wrong by a large factor. After three epochs, by the classifier: with v 40 and 36,
-    without it 83 and 74 (two seeds).
+    sqrt(a) x_t. In the loss, an error e of v costs a e^2: 0.08 e^2 at t = 500, 4e-5 e^2 at t = 999. So the
+    loss hardly teaches v at a large t: x_0, about -v there, may stay vague, but it is not wrong by a large
+    factor. After three epochs, by the classifier: with v 40 and 36, without it 83 and 74 (two seeds).
 
     alpha_bars: those of the DDPM, (timesteps,).
     """
