@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import statistics
 
 import pytest
@@ -13,11 +14,12 @@ def read(*parts):
         return f.read()
 
 
-def table(file_name):
-    """{name: {column: its values, as strings, one for each seed}}; the first column has the names."""
+def table(*file_names):
+    """{name: {column: its values, as strings}}: of the rows whose first columns differ in the seed alone."""
     rows = {}
-    for row in csv.DictReader(read("benchmarks", "results", file_name).splitlines()):
-        rows.setdefault(next(iter(row.values())).split("_seed")[0], []).append(row)
+    for file_name in file_names:
+        for row in csv.DictReader(read("benchmarks", "results", file_name).splitlines()):
+            rows.setdefault(re.sub("_seed[0-9]+", "", next(iter(row.values()))), []).append(row)
     return {name: {column: [row[column] for row in of] for column in of[0]} for name, of in rows.items()}
 
 
@@ -33,11 +35,18 @@ def list_cell(values, digits, unit=""):
     return ", ".join(f"{float(value) * (100 if unit else 1):.{digits}f}" for value in values) + unit
 
 
+def line(*cells):
+    """The line of a table that starts with these cells."""
+    return "| " + " | ".join(cells)
+
+
 MODELS = {
-    "dense VAE, d=5": ("results/dense", 2),
-    "convolutional VAE, d=10": ("results/conv", 2),
-    "DDPM": ("results/ddpm", 4),
+    "dense VAE, d=5": ("results/dense/dense_vae_latent5.pt", 2),
+    "convolutional VAE, d=10": ("results/conv/conv_vae_latent10.pt", 2),
+    "DDPM": ("results/ddpm/ddpm.pt", 4),
 }
+MEASURES = {"frechet": 1, "pixels": 2, "doubtful": 1}  # and the digits behind the point
+MORE = {"precision": 2, "recall": 2, "mean_pixel": 4, "entropy": 3, "nearest": 2}
 
 
 @pytest.mark.parametrize("label", MODELS)
@@ -45,14 +54,66 @@ def test_results(label):
     """Of the seeds on which nothing was chosen: the rows of both pages."""
     name, digits = MODELS[label]
     values = table("compare.csv")[name]
-    parameters, loss = f"{int(values['parameters'][0]):,}", mean_cell(values["loss"], digits)
-    measures = {"frechet": 1, "pixels": 2, "doubtful": 1}
-    cells = [mean_cell(values[column], digits) for column, digits in measures.items()]
-    start = " | ".join(["", label, parameters, loss, *cells]).strip()
-    assert start in read("README.md")
-    measures = {"precision": 2, "recall": 2, "mean_pixel": 4, "entropy": 3, "nearest": 2}
-    cells = [mean_cell(values[column], digits) for column, digits in measures.items()]
-    assert " | ".join([start, *cells]) in read("benchmarks", "README.md")
+    cells = [label, f"{int(values['parameters'][0]):,}", mean_cell(values["loss"], digits)]
+    cells += [mean_cell(values[column], digits) for column, digits in MEASURES.items()]
+    assert line(*cells) in read("README.md")
+    cells += [mean_cell(values[column], digits) for column, digits in MORE.items()]
+    assert line(*cells) in read("benchmarks", "README.md")
+
+
+def test_annex():
+    """The report's own DDPM, each seed, and the others on as many images."""
+    rows, page = table("compare_annex.csv"), read("benchmarks", "README.md")
+    labels = {
+        "training digits": "training digits",
+        "convolutional VAE, d=10": "results/conv/conv_vae_latent10.pt",
+        "the default DDPM, 20 steps": "results/ddpm/ddpm.pt",
+    }
+    lines = {label: rows[name] for label, name in labels.items()}
+    annex = rows["results/annex/ddpm.pt"]
+    for i, seed in enumerate((10, 11)):
+        lines[f"the report's DDPM, seed {seed}"] = {column: annex[column][i : i + 1] for column in annex}
+    for label, values in lines.items():
+        cells = [mean_cell(values[column], digits) for column, digits in (MEASURES | MORE).items()]
+        assert line(label, *cells) in page, label
+
+
+def test_beta():
+    study = table(*(f"beta_seed{seed}.csv" for seed in (10, 11, 12)))
+    images, page = table("compare_beta.csv"), read("benchmarks", "README.md")
+    for beta, row in study.items():
+        cells = [mean_cell(row[column], 1) for column in ("bce", "kl", "loss")]
+        cells += [row["active_units"][0], mean_cell(row["gaussian_kl"], 3)]
+        cells.append(mean_cell([f"{100 * float(share)}%" for share in row["remote_share"]], 1))
+        of_images = images[f"results/beta/conv_vae_beta{beta}.pt"]
+        cells += [mean_cell(of_images[column], digits) for column, digits in MEASURES.items()]
+        assert line(beta, *cells) in page, beta
+
+
+@pytest.mark.parametrize("what", ["conv"])
+def test_sweeps(what):
+    page = read("benchmarks", "README.md").replace("**", "")
+    for architecture, values in table(f"{what}_sweep.csv").items():
+        cells = [f"{float(loss):.2f}" for loss in values["loss"]]
+        assert line(architecture.replace("-", " "), *cells) in page, architecture
+
+
+def test_images_of_the_sweep():
+    rows = table("compare_sweep.csv")
+    models = [rows[f"conv_vae_32-64-128_latent{latent_dim}"] for latent_dim in (2, 5, 10, 20, 50, 100)]
+    page = read("benchmarks", "README.md").replace("**", "")
+    for label, column in ("classifier", "frechet"), ("components", "pixels"), ("doubtful", "doubtful"):
+        assert line(label, *(mean_cell(values[column], MEASURES[column]) for values in models)) in page, label
+
+
+def test_representations():
+    page = read("benchmarks", "README.md").replace("**", "")
+    labels = {"conv_vae_latent10, mu": "convolutional VAE, mu (10 numbers)"}
+    labels["dense_vae_latent5, mu"] = "dense VAE, mu (5 numbers)"
+    for name, values in table("representations.csv").items():
+        pairs = zip(values["linear"], values["nearest"])
+        cells = [" / ".join(f"{100 * float(share):.1f}" for share in pair) for pair in pairs]
+        assert line(labels.get(name, name), *cells) in page, name
 
 
 def test_choices():
@@ -60,11 +121,11 @@ def test_choices():
     page = read("benchmarks", "README.md")
     for name, values in table("ablation_ddpm_select.csv").items():
         cells = list_cell(values["loss"], 4), list_cell(values["frechet"], 1), list_cell(values["pixels"], 2)
-        assert " | ".join(["", name, *cells, list_cell(values["doubtful"], 1, "%"), ""]).strip() in page
+        assert line(name, *cells, list_cell(values["doubtful"], 1, "%")) in page, name
 
 
-@pytest.mark.parametrize("what, digits", [("dense", 2), ("conv", 2)])
-def test_learning_rates(what, digits):
+@pytest.mark.parametrize("what", ["dense", "conv"])
+def test_learning_rates(what):
     page = read("benchmarks", "README.md")
     for name, values in table(f"ablation_{what}.csv").items():
-        assert f" {mean_cell(values['loss'], digits)} " in page, name
+        assert f" {mean_cell(values['loss'], 2)} " in page, name
