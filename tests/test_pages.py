@@ -124,6 +124,13 @@ def test_choices():
         assert line(name, *cells, list_cell(values["doubtful"], 1, "%")) in page, name
 
 
+def test_dense_learning_rate():
+    page = read("benchmarks", "README.md")
+    for name, values in table("ablation_dense_select.csv").items():
+        label = "the default: one-cycle, up to 4e-3" if name == "the default" else f"constant {name}"
+        assert line(label, list_cell(values["loss"], 2)) in page, name
+
+
 @pytest.mark.parametrize("what", ["dense", "conv"])
 def test_learning_rates(what):
     page = read("benchmarks", "README.md")
