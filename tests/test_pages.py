@@ -90,7 +90,7 @@ def test_beta():
         assert line(beta, *cells) in page, beta
 
 
-@pytest.mark.parametrize("what", ["conv"])
+@pytest.mark.parametrize("what", ["dense", "conv"])
 def test_sweeps(what):
     page = read("benchmarks", "README.md").replace("**", "")
     for architecture, values in table(f"{what}_sweep.csv").items():
