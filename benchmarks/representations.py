@@ -151,23 +151,22 @@ def main(argv=None):
     n = args.num_images
     train, test = ((x[:n] / 255, y[:n]) for x, y in (loader.dataset.tensors for loader in loaders))
 
-    times, curves, lines, spaces, rows = [], {}, {}, {}, []
+    times, curves, lines, spaces = [], {}, {}, {}
     for name, (script, model) in models.items():
         if script is ddpm:
             times, curves, (title, space) = read_unet(model[0], train, test, args.seed)
             spaces[title] = space
-            for of, curve in curves.items():
-                for t, (linear, nearest) in zip(times, curve):
-                    rows.append({"features": of, "t": t, "linear": linear, "nearest": nearest})
         elif script is not None:
             features = [encode(model, images) for images, _ in (train, test)]
             lines[f"{name}, mu"] = linear, nearest = probe(features[0], train[1], features[1], test[1])
             print(f"{name}, mu: linear probe {linear:.2%}, nearest neighbours {nearest:.2%}")
-            rows.append({"features": f"{name}, mu", "t": "", "linear": linear, "nearest": nearest})
             spaces[f"mu of {name}"] = features[1]
     if not spaces:
         raise OSError("none of the files is a model")
-    common.save_table(rows, args.save_dir, "representations.csv")
+    rows = [(name, t, *pair) for name, curve in curves.items() for t, pair in zip(times, curve)]
+    rows += [(name, "", *pair) for name, pair in lines.items()]
+    columns = "features", "t", "linear", "nearest"
+    common.save_table([dict(zip(columns, row)) for row in rows], args.save_dir, "representations.csv")
     plot_representations(times, curves, lines, args.save_dir)
     plot_latent_spaces(spaces, test[1], args.save_dir)
 
