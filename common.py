@@ -120,7 +120,7 @@ def vae_loss(x_recon, x, mu, logvar, beta=1.0):
                 >= E_q[log p(x|z)] - E_q[log q(z|x) - log p(z)]
                  = E_q[log p(x|z)] - KL(q(z|x) || p(z))
 
-    What it loses is KL(q(z|x) || p(z|x)): nothing, if q is the true posterior.
+    What this bound loses is KL(q(z|x) || p(z|x)): nothing, if q is the true posterior.
     -BCE is log p(x|z) at the z that was drawn, for pixels that are 0 or 1 and independent given z. So, with
     beta = 1 and on average over z, the loss is an upper bound of -log p(x): its nats (log is the natural
     logarithm) are a bound, not the likelihood. KL for one dimension, with s = exp(logvar / 2):

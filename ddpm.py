@@ -440,8 +440,8 @@ def build_unet(device="cpu", he=True):
 
     So Var(w) = 2 / fan_in keeps the mean square (He et al., 2015, arXiv:1502.01852). With SiLU, computed
     numerically, a layer then keeps 0.5 to 0.8 of the mean square of an input, if that is below 1; with
-    PyTorch's 1 / (3 fan_in), about a tenth. After three epochs, by the classifier: with He's weights 40 and
-    36, without them 469 and 162 (two seeds). The transposed convolutions keep PyTorch's weights, as others
+    PyTorch's 1 / (3 fan_in), about a tenth. After three epochs, by the classifier: with `he` 40 and 36,
+    without it 469 and 162 (two seeds). The transposed convolutions keep PyTorch's weights, as others
     gained nothing.
     """
     model = SimpleMNistUNet()
