@@ -4,7 +4,8 @@ python benchmarks/rulers.py    trains the classifier again and writes classifier
 
 1. The features of a classifier of digits, trained once on the first 50,000 training images. Its weights are
    in classifier.pt, so it is the same everywhere. They see mostly the shape.
-2. The first 64 principal components of the pixels of the same images. They see mostly the ink.
+2. The first 64 principal components of the pixels of the same images. They see the ink, and how the
+   images vary.
 
 Both turn an image into 64 numbers, whose Fréchet distance to those of real digits is the measure.
 """
