@@ -154,11 +154,12 @@ def main(argv=None):
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     x = next(iter(test_loader))[0][:10]
     rows, sheet = [], []
-    for beta in args.betas:
-        options = {name: value for name, value in vars(args).items() if name != "betas"} | {"beta": beta}
+    betas = vars(args).pop("betas")  # a model's options hold its own beta alone
+    for beta in betas:
+        args.beta = beta
         print(f"beta={beta:g}")
         path = os.path.join(args.save_dir, f"conv_vae_beta{beta:g}.pt")
-        model = conv_vae.train(argparse.Namespace(**options), train_loader, path, reuse=True)
+        model = conv_vae.train(args, train_loader, path, reuse=True)
 
         torch.manual_seed(args.seed)  # so that conv_vae.py --load prints the same held-out loss
         row, remote = measure(model, train_loader, test_loader, args.latent_dim, args.device)

@@ -85,7 +85,8 @@ def load_mnist(data_dir="data", batch_size=128, device="cpu", limit=None):
         print(f"Downloading MNIST. If nothing arrives, put its four files in {raw}", flush=True)
         download_mnist(raw)
     try:
-        train, test = ((read_image_file(paths[i]), read_label_file(paths[i + 1])) for i in (0, 2))
+        train = read_image_file(paths[0]), read_label_file(paths[1])
+        test = read_image_file(paths[2]), read_label_file(paths[3])
         if any(images.shape != (len(labels), 28, 28) for images, labels in (train, test)):
             raise ValueError("the images are not 28x28, or there are not as many labels as images")
     except Exception as error:  # torchvision raises many types
@@ -239,9 +240,8 @@ def plot_latent_space(vae, data_loader, device="cpu", latent_dim=2, save_dir="re
         all_mu_2d = np.column_stack([all_mu, all_labels])
 
     fig = plt.figure(figsize=(8, 6))
-    # From -0.5 to 9.5, so that each digit stands at the centre of its colour in the colorbar.
-    x, y = all_mu_2d[:, 0], all_mu_2d[:, 1]
-    scatter = plt.scatter(x, y, c=all_labels, cmap="tab10", s=5, vmin=-0.5, vmax=9.5)
+    scatter = plt.scatter(all_mu_2d[:, 0], all_mu_2d[:, 1], c=all_labels, cmap="tab10", s=5)
+    plt.clim(-0.5, 9.5)  # so each digit stands at the centre of its colour in the colorbar
     plt.colorbar(scatter, label="Chiffre réel", ticks=range(10))
     plt.title(f"Représentation de l'espace latent (latent_dim={latent_dim})")
     plt.xlabel(x_label)

@@ -324,7 +324,7 @@ def midpoint(x0, x0_last, log_snr_last, log_snr_t, log_snr_s):
     """The estimate of x_0 half way from t to s, from those at t and at the time before, x0 and x0_last.
 
     Cut the step from t to s into many small ones: x_s is then a weighted sum of x_t, of the estimates of x_0
-    on the way, and of noise. One step puts a single estimate in the place of all: better the one half way.
+    on the way, and of noise. One step uses a single estimate for all of them: the one half way fits best.
     "Half way" is meant in log_snr = log(alpha_bar / (1 - alpha_bar)), the logarithm of the signal-to-noise
     ratio, in which the estimates change smoothly. Extrapolated from the last two, it is
 
@@ -396,7 +396,7 @@ def sample_fast(process, num_samples=16, steps=20, guide=None, guidance=1.5, ima
 
     to_pixels turns them into pixels in [0, 1]. Each step estimates x_0, goes on to the estimate in the middle
     of the step, adds guidance (in an interval of t), and draws x_s, over many time steps at once. Such a step
-    is not small: it is right as far as the estimate in its middle stands for all on the way. If steps is
+    is not small: it is right only if the estimate in its middle can stand for all on the way. If steps is
     process.timesteps, it is, without the midpoint and guidance, the annex's sampler, but for the variance
     (see reverse_process). guide: the guiding model, or None; guidance: its weight, 1 for none.
     """
@@ -559,7 +559,7 @@ RUN = "device", "data_dir", "save_dir", "resume", "load", "sampler", "steps", "g
 
 
 def train(args, train_loader, path):
-    """Train a DDPM with the options `args`, save it at `path`, and return it and its guiding model as `load`.
+    """Train a DDPM with the options `args` and save it at `path`; returns (process, guide), as `load` does.
 
     train_loader: of load_mnist. checkpoint.pt, beside `path`, is written after each epoch, and removed at the
     end. Raises FloatingPointError if the training diverges; OSError if a file can't be written, if
@@ -598,10 +598,11 @@ def train(args, train_loader, path):
     parameters = sum(p.numel() for p in process.model.parameters())
     print(f"DDPM on {args.device} ({'bf16' if args.bf16 else 'fp32'}): {parameters:,} parameters")
 
-    method = epochs, scheduler, args.bf16, options["seed"], len(process.losses), guide
+    state = {"seed": options["seed"], "done": len(process.losses), "guide": guide}
+    epochs_left = train_ddpm(process, train_loader, optimizer, epochs, scheduler, args.bf16, **state)
     start = time.perf_counter()
     try:
-        for epoch, loss, guide in train_ddpm(process, train_loader, optimizer, *method):
+        for epoch, loss, guide in epochs_left:
             process.losses.append(loss)
             process.seconds += time.perf_counter() - start
             save(checkpoint, process, guide, optimizer=optimizer, scheduler=scheduler)  # before the line
@@ -631,7 +632,7 @@ def save(path, process, guide, **parts):
 def read(path, **parts):
     """The dictionary that `save` wrote; each part that is not None gets its saved state.
 
-    Raises OSError if the file is missing, damaged or another one, or if its weights don't fit the network.
+    Raises OSError if the file is missing, damaged or of another script, or its weights don't fit the network.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -747,16 +748,14 @@ def main(argv=None):
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
     if args.load is not None:
         process, guide = load(args.load, args.device)  # before MNIST is downloaded
+        print(f"{args.load} was trained with {process.options}")
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.load is None:
         process, guide = train(args, train_loader, os.path.join(args.save_dir, "ddpm.pt"))
-    else:
-        print(f"{args.load} was trained with {process.options}")
     annex = args.annex or process.options.get("annex")
     fast = getattr(args, "sampler", "ddpm" if annex else "fast") == "fast"
     steps = min(args.steps, process.timesteps) if fast else process.timesteps
-    guide = guide if fast else None
-    guidance = "without a guiding model" if guide is None else f"guidance {args.guidance:g}"
+    guidance = f"guidance {args.guidance:g}" if fast and guide is not None else "without a guiding model"
     print(f"Samples in {steps} steps, {guidance}")
 
     torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes

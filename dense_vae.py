@@ -199,7 +199,7 @@ def train(args, train_loader, path, reuse=False):
 def load(path, device="cpu"):
     """The VAE saved at `path`, with its training's options, losses and seconds.
 
-    Raises OSError if the file is missing, damaged or another one, or if its weights don't fit the network.
+    Raises OSError if the file is missing, damaged or of another script, or its weights don't fit the network.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -279,16 +279,16 @@ def main(argv=None):
     args = parse_args(argv)
     os.makedirs(args.save_dir, exist_ok=True)
     tempfile.TemporaryFile(dir=args.save_dir).close()  # fails now, not after the training
-    model = None if args.load is None else load(args.load, args.device)  # before MNIST is downloaded
+    if args.load is not None:
+        model = load(args.load, args.device)  # before MNIST is downloaded
+        print(f"{args.load} was trained with {model.options}")
     train_loader, test_loader = common.load_mnist(args.data_dir, args.batch_size, args.device, args.limit)
     if args.sweep:
         sweep(args, train_loader, test_loader)
         return
-    path = os.path.join(args.save_dir, f"dense_vae_latent{args.latent_dim}.pt")
-    if model is None:
+    if args.load is None:
+        path = os.path.join(args.save_dir, f"dense_vae_latent{args.latent_dim}.pt")
         model = train(args, train_loader, path)
-    else:
-        print(f"{args.load} was trained with {model.options}")
     latent_dim = model.options["latent_dim"]
 
     torch.manual_seed(args.seed)  # so that --load draws the same figures, if no other option changes

@@ -54,6 +54,7 @@ def count(model):
 def test_parameter_counts():
     assert count(dense_vae.build_vae()) == 1_071_130  # report, §2.6
     assert count(conv_vae.build_vae()) == 313_557  # report, §3.3
+    assert count(conv_vae.build_vae(10, [32, 64])) == 163_925  # two layers, counted by hand
     assert count(ddpm.SimpleMNistUNet()) == 2_495_457  # the annex's listing, counted
 
 

@@ -205,26 +205,23 @@ def main(argv=None):
     add("--rows", nargs="+", choices=list(ROWS), help="rows of the DDPM (default: all)")
     add("--num-samples", type=int, default=2000, help="samples of each DDPM (default: 2000)")
     add("--select", action="store_true", help="train on 50,000 images, measure against the other 10,000")
-    add("--limit", type=int, help="train on the first LIMIT images only")
     add("--device", default=device, help="a torch device")
     add("--data-dir", type=os.path.expanduser, default="data", help="folder of MNIST (default: data)")
     add("--save-dir", type=os.path.expanduser, default="results/ablation", help="default: results/ablation")
     args = parser.parse_args(argv)
     if args.epochs is None:
         args.epochs = 3 if args.what == "ddpm" else 10
-    if args.epochs < 1 or args.num_samples < 100 or (args.limit is not None and args.limit < 1):
-        parser.error("--epochs and --limit take whole numbers >= 1, --num-samples >= 100")
-    if args.select and args.limit is not None:
-        parser.error("--select trains on 50,000 images: give no --limit")
+    if args.epochs < 1 or args.num_samples < 100:
+        parser.error("--epochs takes a whole number >= 1, --num-samples >= 100")
     os.makedirs(args.save_dir, exist_ok=True)
-    loaders = common.load_mnist(args.data_dir, device=args.device, limit=args.limit)
+    loaders = common.load_mnist(args.data_dir, device=args.device)
     if args.select:
         images, labels = loaders[0].dataset.tensors
         loaders = (
             common.MNISTLoader(images[:N_TRAIN], labels[:N_TRAIN], 128, shuffle=True),
             common.MNISTLoader(images[N_TRAIN:], labels[N_TRAIN:], 128, shuffle=False),
         )
-    name = args.what + ("-select" if args.select else "") + (f"-limit{args.limit}" if args.limit else "")
+    name = args.what + ("-select" if args.select else "")
     table = Table(os.path.join(args.save_dir, f"{name}.csv"), args.epochs)
     if args.what == "ddpm":
         ablate_ddpm(args, loaders, table)
@@ -236,7 +233,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, FloatingPointError) as error:
-        sys.exit(f"ablation.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("ablation.py: interrupted (start it again to measure what is missing)")
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        sys.exit(f"ablation.py: {str(error) or 'interrupted'}")

@@ -259,7 +259,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
-        sys.exit(f"compare.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("compare.py: interrupted")
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        sys.exit(f"compare.py: {str(error) or 'interrupted'}")

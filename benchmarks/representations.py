@@ -174,7 +174,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
-        sys.exit(f"representations.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("representations.py: interrupted")
+    except (OSError, KeyboardInterrupt) as error:
+        sys.exit(f"representations.py: {str(error) or 'interrupted'}")

@@ -91,14 +91,11 @@ def run_as_script(script, argv, monkeypatch):
 
 @pytest.mark.parametrize("script", ["dense_vae", "conv_vae", "beta_study", "ddpm"])
 def test_a_failed_run_ends_in_one_line(script, argv, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("Tried to allocate 99 GiB.")
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", fail)
+        interrupt(patch, torch.Tensor, "backward", 0, torch.OutOfMemoryError("Tried to allocate 99 GiB."))
         with pytest.raises(SystemExit, match=rf"^{script}\.py: .* 99 GiB\.$"):
             run_as_script(script, argv, monkeypatch)
-        patch.setattr(torch.Tensor, "backward", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        interrupt(patch, torch.Tensor, "backward", 0)
         with pytest.raises(SystemExit, match=rf"^{script}\.py: interrupted$"):
             run_as_script(script, argv, monkeypatch)
     (tmp_path / "file").write_text("a file where the folder should be")
@@ -164,10 +161,7 @@ def test_archives_and_interrupted_downloads(mnist, tmp_path, monkeypatch):
 
 
 def test_why_a_download_fails(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(common, "MNIST", full)
+    interrupt(monkeypatch, common, "MNIST", 0, OSError(28, "No space left on device"))
     pip = ["ERROR: something", "ERROR: Could not install packages: No space left on device"]
     run = types.SimpleNamespace(returncode=1, stderr="\n".join(pip) + "\n")
     monkeypatch.setattr(common.subprocess, "run", lambda *args, **kwargs: run)
