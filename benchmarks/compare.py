@@ -168,8 +168,9 @@ def plot_images(images, save_dir):
 
 def plot_quality_cost(cost, of_digits, n, save_dir):
     """Draw the Fréchet distance of n samples against the time. cost: the rows of cost.csv."""
-    fig, ax = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name in dict.fromkeys(row["model"] for row in cost):
+    models = dict.fromkeys(row["model"] for row in cost)
+    fig, ax = plt.subplots(figsize=(9, max(5, len(models) / 4)), layout="constrained")
+    for name in models:
         of_model = [row for row in cost if row["model"] == name]
         points = [(float(row["ms_per_image"]), float(row["frechet"]), row["sampler"]) for row in of_model]
         x, y, labels = zip(*sorted(points))
@@ -181,7 +182,7 @@ def plot_quality_cost(cost, of_digits, n, save_dir):
     ax.set(xscale="log", yscale="log", xlabel="Milliseconds per image")
     ax.set_ylabel(f"Fréchet distance of {n} samples")
     ax.margins(0.2)
-    ax.legend()
+    fig.legend(loc="outside right upper")
     common.save_figure(fig, save_dir, "quality_cost.png")
 
 

@@ -82,7 +82,8 @@ def frechet(a, b):
     cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
     # The trace of the root is the sum of the roots of the eigenvalues, all real and >= 0 but for rounding.
     root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
-    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
+    distance = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b) - 2 * root
+    return max(distance, 0.0)  # of equal images, rounding may leave -1e-12
 
 
 class Rulers:

@@ -98,12 +98,15 @@ def test_sweeps(what):
         assert line(architecture.replace("-", " "), *cells) in page, architecture
 
 
-def test_images_of_the_sweep():
-    rows = table("compare_sweep.csv")
-    models = [rows[f"conv_vae_32-64-128_latent{latent_dim}"] for latent_dim in (2, 5, 10, 20, 50, 100)]
-    page = read("benchmarks", "README.md").replace("**", "")
-    for label, column in ("classifier", "frechet"), ("components", "pixels"), ("doubtful", "doubtful"):
-        assert line(label, *(mean_cell(values[column], MEASURES[column]) for values in models)) in page, label
+@pytest.mark.parametrize("what", ["dense", "conv"])
+def test_images_of_the_sweeps(what):
+    page, models = read("benchmarks", "README.md").replace("**", ""), table("compare_sweep.csv")
+    for architecture in table(f"{what}_sweep.csv"):
+        cells = []
+        for latent_dim in (2, 5, 10, 20, 50, 100):
+            values = models[f"{what}_vae_{architecture}_latent{latent_dim}"]
+            cells.append(" / ".join(mean_cell(values[column], digits) for column, digits in MEASURES.items()))
+        assert line(f"{what} {architecture.replace('-', ' ')}", *cells) in page, architecture
 
 
 def test_representations():
@@ -114,6 +117,19 @@ def test_representations():
         pairs = zip(values["linear"], values["nearest"])
         cells = [" / ".join(f"{100 * float(share):.1f}" for share in pair) for pair in pairs]
         assert line(labels.get(name, name), *cells) in page, name
+
+
+def test_representations_at_equal_d():
+    page = read("benchmarks", "README.md")
+    pairs = {}
+    for row in csv.DictReader(read("benchmarks", "results", "representations_vaes.csv").splitlines()):
+        pair = " / ".join(f"{100 * float(row[column]):.1f}" for column in ("linear", "nearest"))
+        what, d = re.search("(dense|conv)_vae.*latent([0-9]+)", row["features"]).groups()
+        pairs.setdefault((what, d, "seed" in row["features"]), []).append(pair)
+    for what, label in ("dense", "dense 256 512"), ("conv", "conv 32 64 128"):
+        assert line(f"{label}, seed 10", *pairs[what, "5", False], *pairs[what, "10", False]) in page
+        default = "5" if what == "dense" else "10"
+        assert ", ".join(pairs[what, default, True]) in page
 
 
 def test_choices():
