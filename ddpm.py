@@ -349,7 +349,8 @@ def guided(target, x0, x0_guide, guidance):
     difference, so that guidance changes the shape of an estimate, not its ink (the samples still get a little
     bolder). sample_fast guides where a digit takes shape, at 0.2 <= t / timesteps < 0.6 (an interval, as
     Kynkäänniemi et al., 2024, arXiv:2404.07724, who found that guidance costs variety at a large t). After
-    twelve epochs (training digits: 2,000 for the distances, all for the mean pixel):
+    twelve epochs, one network, on which this was chosen (training digits: 2,000 for the distances, all for
+    the mean pixel):
 
                                          classifier  components  mean pixel
         training digits                      5.5        0.48       0.1310
