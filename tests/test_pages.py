@@ -140,6 +140,18 @@ def test_choices():
         assert line(name, *cells, list_cell(values["doubtful"], 1, "%")) in page, name
 
 
+def test_epochs_and_batches():
+    page = read("benchmarks", "README.md")
+    for row in csv.DictReader(read("benchmarks", "results", "epochs_batches_select.csv").splitlines()):
+        label = f"{row['epochs']} epochs" + f", {row['row']}" * (row["row"] != "the default")
+        cells = [
+            f"{float(row[column]):.{digits}f}"
+            for column, digits in (("loss", 4), ("frechet", 1), ("pixels", 2))
+        ]
+        cells += [f"{float(row['doubtful']):.1%}", f"{float(row['mean_pixel']):.4f}"]
+        assert line(label, *cells) in page, label
+
+
 def test_dense_learning_rate():
     page = read("benchmarks", "README.md")
     for name, values in table("ablation_dense_select.csv").items():
