@@ -152,11 +152,13 @@ def test_epochs_and_batches():
         assert line(label, *cells) in page, label
 
 
-def test_dense_learning_rate():
-    page = read("benchmarks", "README.md")
-    for name, values in table("ablation_dense_select.csv").items():
-        label = "the default: one-cycle, up to 4e-3" if name == "the default" else f"constant {name}"
-        assert line(label, list_cell(values["loss"], 2)) in page, name
+def test_learning_rates_of_the_vaes():
+    page, conv = read("benchmarks", "README.md"), table("ablation_conv_select.csv")
+    for name, dense in table("ablation_dense_select.csv").items():
+        label = "one-cycle, up to 4e-3 (dense), 6e-3 (convolutional)" if name == "the default" else name
+        start = "the default: " if name == "the default" else "constant "
+        cells = list_cell(dense["loss"], 2), list_cell(conv[name]["loss"], 2)
+        assert line(start + label, *cells) in page, name
 
 
 @pytest.mark.parametrize(
