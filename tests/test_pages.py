@@ -30,6 +30,17 @@ def mean_cell(values, digits):
     return f"{statistics.mean(numbers):.{digits}f}{spread}{'%' * values[0].endswith('%')}"
 
 
+def mean_cells(values, columns):
+    """The cells of some columns of `table`; columns: {name: digits behind the point}."""
+    return [mean_cell(values[column], digits) for column, digits in columns.items()]
+
+
+def pair_cells(values):
+    """The cells of representations.py, linear probe / nearest neighbours in %, one for each row."""
+    pairs = zip(values["linear"], values["nearest"])
+    return [" / ".join(f"{100 * float(share):.1f}" for share in pair) for pair in pairs]
+
+
 def list_cell(values, digits, unit=""):
     """The value of each seed."""
     return ", ".join(f"{float(value) * (100 if unit else 1):.{digits}f}" for value in values) + unit
@@ -55,9 +66,9 @@ def test_results(label):
     name, digits = MODELS[label]
     values = table("compare.csv")[name]
     cells = [label, f"{int(values['parameters'][0]):,}", mean_cell(values["loss"], digits)]
-    cells += [mean_cell(values[column], digits) for column, digits in MEASURES.items()]
+    cells += mean_cells(values, MEASURES)
     assert line(*cells) in read("README.md")
-    cells += [mean_cell(values[column], digits) for column, digits in MORE.items()]
+    cells += mean_cells(values, MORE)
     assert line(*cells) in read("benchmarks", "README.md")
 
 
@@ -74,7 +85,7 @@ def test_annex():
     for i, seed in enumerate((10, 11, 12)):
         lines[f"the report's DDPM, seed {seed}"] = {column: annex[column][i : i + 1] for column in annex}
     for label, values in lines.items():
-        cells = [mean_cell(values[column], digits) for column, digits in (MEASURES | MORE).items()]
+        cells = mean_cells(values, MEASURES | MORE)
         assert line(label, *cells) in page, label
 
 
@@ -85,8 +96,7 @@ def test_beta():
         cells = [mean_cell(row[column], 1) for column in ("bce", "kl", "loss")]
         cells += [row["active_units"][0], mean_cell(row["gaussian_kl"], 3)]
         cells.append(mean_cell([f"{100 * float(share)}%" for share in row["remote_share"]], 1))
-        of_images = images[f"results/beta/conv_vae_beta{beta}.pt"]
-        cells += [mean_cell(of_images[column], digits) for column, digits in MEASURES.items()]
+        cells += mean_cells(images[f"results/beta/conv_vae_beta{beta}.pt"], MEASURES)
         assert line(beta, *cells) in page, beta
 
 
@@ -105,7 +115,7 @@ def test_images_of_the_sweeps(what):
         cells = []
         for latent_dim in (2, 5, 10, 20, 50, 100):
             values = models[f"{what}_vae_{architecture}_latent{latent_dim}"]
-            cells.append(" / ".join(mean_cell(values[column], digits) for column, digits in MEASURES.items()))
+            cells.append(" / ".join(mean_cells(values, MEASURES)))
         assert line(f"{what} {architecture.replace('-', ' ')}", *cells) in page, architecture
 
 
@@ -114,22 +124,19 @@ def test_representations():
     labels = {"conv_vae_latent10, mu": "convolutional VAE, mu (10 numbers)"}
     labels["dense_vae_latent5, mu"] = "dense VAE, mu (5 numbers)"
     for name, values in table("representations.csv").items():
-        pairs = zip(values["linear"], values["nearest"])
-        cells = [" / ".join(f"{100 * float(share):.1f}" for share in pair) for pair in pairs]
-        assert line(labels.get(name, name), *cells) in page, name
+        assert line(labels.get(name, name), *pair_cells(values)) in page, name
 
 
 def test_representations_at_equal_d():
-    page = read("benchmarks", "README.md")
-    pairs = {}
-    for row in csv.DictReader(read("benchmarks", "results", "representations_vaes.csv").splitlines()):
-        pair = " / ".join(f"{100 * float(row[column]):.1f}" for column in ("linear", "nearest"))
-        what, d = re.search("(dense|conv)_vae.*latent([0-9]+)", row["features"]).groups()
-        pairs.setdefault((what, d, "seed" in row["features"]), []).append(pair)
-    for what, label in ("dense", "dense 256 512"), ("conv", "conv 32 64 128"):
-        assert line(f"{label}, seed 10", *pairs[what, "5", False], *pairs[what, "10", False]) in page
-        default = "5" if what == "dense" else "10"
-        assert ", ".join(pairs[what, default, True]) in page
+    rows, page = table("representations_vaes.csv"), read("benchmarks", "README.md")
+    dense, conv = "dense_vae_256-512_latent", "conv_vae_32-64-128_latent"
+    for label, name in ("dense 256 512, seed 10", dense), ("conv 32 64 128, seed 10", conv):
+        cells = [pair_cells(rows[f"{name}{latent_dim}, mu"])[0] for latent_dim in (5, 10)]
+        assert line(label, *cells) in page, label
+    of_dense = ", ".join(pair_cells(rows["results/dense/dense_vae_latent5, mu"]))
+    of_conv = ", ".join(pair_cells(rows["results/conv/conv_vae_latent10, mu"]))
+    assert line("dense 256 512, seeds 11, 12", of_dense) in page
+    assert line("conv 32 64 128, seeds 11, 12", "") + f"| {of_conv} |" in page
 
 
 def test_choices():
@@ -145,10 +152,10 @@ def test_epochs_and_batches():
     for row in csv.DictReader(read("benchmarks", "results", "epochs_batches_select.csv").splitlines()):
         label = f"{row['epochs']} epochs" + f", {row['row']}" * (row["row"] != "the default")
         cells = [
-            f"{float(row[column]):.{digits}f}"
+            list_cell([row[column]], digits)
             for column, digits in (("loss", 4), ("frechet", 1), ("pixels", 2))
         ]
-        cells += [f"{float(row['doubtful']):.1%}", f"{float(row['mean_pixel']):.4f}"]
+        cells += [list_cell([row["doubtful"]], 1, "%"), list_cell([row["mean_pixel"]], 4)]
         assert line(label, *cells) in page, label
 
 
